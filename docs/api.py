@@ -1,0 +1,177 @@
+"""The API reference, read from the source without importing it: signatures, docstrings, parameter tables."""
+
+import ast
+import inspect
+import io
+import re
+import tokenize
+from copy import deepcopy
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "selectbench"
+DEF = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def modules():
+    "Dotted name -> path of every exported module, in the package's own order."
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name.startswith("_"): continue
+        found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
+    return found
+
+
+class Module:
+    "One exported module as data: its summary, its public names, and where each is defined."
+
+    def __init__(self, name, path):
+        self.name, self.source = name, path.read_text(encoding="utf-8")
+        tree = ast.parse(self.source)
+        self.summary = (ast.get_docstring(tree) or "").strip()
+        self.comments = comments(self.source)
+        self.nodes, self.public = {}, []
+        for node in tree.body:
+            for key in targets(node): self.nodes[key] = node
+            if "__all__" in targets(node): self.public = ast.literal_eval(node.value)
+        match = re.search(r"^# %% (?:\.\./)+nbs/(\S+\.ipynb)", self.source, re.M)
+        self.notebook = match and match[1]
+
+    def objects(self):
+        "Public names that are functions, classes or constants defined here, with their nodes."
+        return [(name, self.nodes[name]) for name in self.public if name in self.nodes]
+
+
+def targets(node):
+    "Names that a top-level statement defines."
+    if isinstance(node, (*DEF, ast.ClassDef)): return [node.name]
+    if isinstance(node, ast.AnnAssign): return [node.target.id] if isinstance(node.target, ast.Name) else []
+    if isinstance(node, ast.Assign): return [t.id for t in node.targets if isinstance(t, ast.Name)]
+    return []
+
+
+def comments(source):
+    "Line -> the comment that ends it."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
+
+
+def note(module, line, taken):
+    "The comment beside a parameter, unless another parameter stands on the same line."
+    return "" if line in taken else module.comments.get(line, "")
+
+
+def parameters(module, node, drop_self=False):
+    "Rows (name, type, default, note) of a function's parameters; name carries its stars."
+    args = node.args
+    plain = [*args.posonlyargs, *args.args]
+    defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults
+    rows = [*zip(plain, [""] * len(plain), defaults, strict=True)][1 if drop_self and plain else 0:]
+    if args.vararg: rows.append((args.vararg, "*", None))
+    rows += [(arg, "", default) for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+    if args.kwarg: rows.append((args.kwarg, "**", None))
+    lines = [arg.end_lineno if default is None else default.end_lineno for arg, _, default in rows]
+    taken = {line for line in lines if lines.count(line) > 1 and len(rows) > 1}
+    return [(star + arg.arg, unparse(arg.annotation), unparse(default), note(module, line, taken))
+            for (arg, star, default), line in zip(rows, lines, strict=True)]
+
+
+def attributes(module, node):
+    "Rows (name, type, default, note) of a class's annotated fields."
+    return [(item.target.id, unparse(item.annotation), unparse(item.value), note(module, item.end_lineno, ()))
+            for item in node.body if isinstance(item, ast.AnnAssign) and not item.target.id.startswith("_")]
+
+
+def unparse(node): return "" if node is None else ast.unparse(node)
+
+
+def signature(node, drop_self=False):
+    "The argument list without annotations, which the table gives."
+    args = deepcopy(node.args)
+    for arg in [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]:
+        if arg: arg.annotation = None
+    if drop_self and (args.posonlyargs or args.args): del (args.posonlyargs or args.args)[0]
+    return "(" + ast.unparse(args) + ")"
+
+
+def cell(text): return f"`{text}`".replace("|", "\\|") if text else ""
+
+
+def table(rows):
+    "A markdown table of parameter rows; columns that would be empty are left out."
+    if not rows: return ""
+    heads = ["Parameter", "Type", "Default", ""]
+    made = [[cell(name), cell(kind), cell(default), text.replace("|", "\\|")] for name, kind, default, text in rows]
+    keep = [i for i in range(4) if i == 0 or any(row[i] for row in made)]
+    if keep == [0]: return ""
+    lines = [[heads[i] for i in keep], ["---"] * len(keep), *([row[i] for i in keep] for row in made)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def doc(node, link=str):
+    "A docstring as markdown."
+    text = inspect.cleandoc(ast.get_docstring(node) or "")
+    return link(re.sub(r"(?m)^(#+ )", r"\\\1", text))
+
+
+def returns(node):
+    kind = unparse(getattr(node, "returns", None))
+    return f"**Returns** {cell(kind)}" if kind and kind != "None" else ""
+
+
+def decorated(node, name): return any(unparse(d).split("(")[0].split(".")[-1] == name for d in node.decorator_list)
+
+
+def directive(kind, head, body, ticks=3):
+    "A MyST directive; blank parts of the body are skipped."
+    fence = "`" * ticks
+    return f"{fence}{{py:{kind}}} {head}\n" + "\n\n".join(part for part in body if part) + f"\n{fence}"
+
+
+def member(module, node, link):
+    "A public method or property of a class."
+    if decorated(node, "property") or decorated(node, "cached_property"):
+        return directive("property", node.name, [doc(node, link), returns(node)])
+    fixed = decorated(node, "staticmethod")
+    rows = [row for row in parameters(module, node, drop_self=not fixed) if any(row[1:])]
+    body = [doc(node, link), table(rows), returns(node)]
+    kind = "classmethod" if decorated(node, "classmethod") else "staticmethod" if fixed else "method"
+    return directive(kind, node.name + signature(node, drop_self=not fixed), body)
+
+
+def class_entry(module, name, node, link):
+    "A class: constructor, fields or parameters, public members."
+    fields = attributes(module, node)
+    start = next((item for item in node.body if isinstance(item, DEF) and item.name == "__init__"), None)
+    rows, head = fields, ""
+    if start: rows, head = parameters(module, start, drop_self=True), signature(start, drop_self=True)
+    elif fields and decorated(node, "dataclass"):
+        rows = [(n, t, "..." if d.startswith("field(") else d, about) for n, t, d, about in fields]
+        head = "(" + ", ".join(f"{n}={d}" if d else n for n, _, d, _ in rows) + ")"
+    members = [member(module, item, link) for item in node.body
+               if isinstance(item, DEF) and not item.name.startswith("_") and ast.get_docstring(item)]
+    return directive("class", name + head, [doc(node, link), table(rows), *members], ticks=4)
+
+
+def entry(module, name, node, link, extra="", known=None):
+    "The reference entry of one public name; `known` gives a note for parameters that carry none."
+    if isinstance(node, ast.ClassDef): return class_entry(module, name, node, link)
+    if isinstance(node, DEF):
+        known = known or {}
+        rows = [(*row[:3], row[3] or known.get(row[0], "")) for row in parameters(module, node)]
+        return directive("function", name + signature(node), [doc(node, link), extra, table(rows), returns(node)])
+    return directive("data", name, [module.comments.get(node.end_lineno, "")])
+
+
+def page(module, link=str, facts=None, known=None):
+    """The reference page of one module as MyST markdown.
+
+    `facts` maps a name to a line of its own (paper, family); `known` maps a parameter of those names to a note."""
+    facts = facts or {}
+    entries = [entry(module, name, node, link, facts.get(name, ""), known if name in facts else None)
+               for name, node in module.objects()]
+    up = "../" * module.name.count(".")
+    where = f"Explained, tested and shown on data in [its notebook]({up}{module.notebook})." if module.notebook else ""
+    short = module.name.removeprefix("selectbench.")
+    head = f"# {short}\n\n```{{py:module}} {module.name}\n```\n\n{link(module.summary)}"
+    return "\n\n".join(part for part in [head, where, *entries] if part) + "\n"

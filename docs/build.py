@@ -1,0 +1,356 @@
+"""Builds the site from the notebooks, README from the first of them, and checks every link of the result.
+
+    python docs/build.py site      nbs/ -> build/site (source) -> _docs/ (pages)
+    python docs/build.py readme    nbs/index.ipynb -> README.md
+    python docs/build.py links     every link and anchor of _docs/ resolves
+"""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import api
+from cells import heading, readable
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS, SOURCE, DOCTREES, PAGES = ROOT / "nbs", ROOT / "build" / "site", ROOT / "build" / "doctrees", ROOT / "_docs"
+ROOMS = {
+    "core": "What everything else stands on: selections, the registry of methods, the cache, tasks, studies.",
+    "nn": "What models are built and watched with: selective scan, blocks, routers, trace hooks.",
+    "pools": "Real data, by name: bundled, downloaded and verified, or from a local folder.",
+    "zoo": "Small real models trained here, and loaders for models of a hub.",
+    "signals": "How each signal is measured.",
+    "data": "Choosing training examples.",
+    "token": "Choosing tokens.",
+    "model": "Choosing models.",
+    "merge": "Choosing what to merge.",
+    "param": "Choosing parameters.",
+    "moe": "Choosing experts.",
+    "ssm": "Choosing what a state space model keeps.",
+    "context": "Choosing context.",
+    "feature": "Choosing features.",
+    "evals": "Choosing what to evaluate on.",
+    "output": "Choosing among answers.",
+    "order": "Choosing an order.",
+    "report": "Plots, the tour and the command line.",
+}
+CALL = re.compile(r"(?<![`\[\w{}])`([A-Za-z_][\w.]*)(\(\))?`(?![`\]])")
+
+
+class Names:
+    "Public names of the package: how a name in backticks finds its entry in the reference."
+
+    def __init__(self, modules):
+        self.modules, self.full, seen = modules, {}, {}
+        for module in modules.values():
+            for name, _ in module.objects(): seen.setdefault(name, []).append(f"{module.name}.{name}")
+        for name, places in seen.items():
+            if len(places) == 1: self.full[name] = places[0]
+            self.full |= {place: place for place in places}
+        self.full |= {place.removeprefix("selectbench."): place for place in self.full.values()}
+
+    def link(self, text):
+        "Markdown with every known name in backticks outside code fences and headings turned into a link."
+        parts = re.split(r"(^```.*?^```|^#+ .*?$|\$\$.*?\$\$)", text, flags=re.M | re.S)
+        return "".join(part if i % 2 else CALL.sub(self.role, part) for i, part in enumerate(parts))
+
+    def role(self, match):
+        "A reference role for a public name, or the text as it was."
+        if match[1] in self.modules: return f"{{py:mod}}`{match[1]}`"
+        place = self.full.get(match[1])
+        return f"{{py:obj}}`{match[1]}{match[2] or ''} <{place}>`" if place else match[0]
+
+
+def write(path, text):
+    "Write only what changed, so that a second build reads only that."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text: path.write_text(text, encoding="utf-8")
+    return path
+
+
+def notebooks():
+    "Path below nbs/ -> notebook, for every notebook that is a page."
+    found = {}
+    for path in sorted(NBS.rglob("*.ipynb")):
+        place = path.relative_to(NBS)
+        if any(part.startswith((".", "_")) for part in place.parts): continue
+        found[place.as_posix()] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def catalogue():
+    "The table of methods as a list of dicts; empty while the package has none."
+    import selectbench
+    table = selectbench.methods()
+    return [] if table is None else table.reset_index().to_dict("records")
+
+
+def known_signals():
+    "Signal name -> what it is, for parameter tables."
+    from selectbench.core.vocabulary import SIGNALS
+    shape = lambda s: f"{s.dtype}[{', '.join(s.shape)}]" if s.shape else s.dtype
+    return {s.name: f"*signal:* {s.what}, {shape(s)}" for s in SIGNALS.values()} | {
+        "k": "*budget:* how many to choose", "seed": "random seed"}
+
+
+# The pages
+
+
+def write_site():
+    "Everything Sphinx reads, in build/site; what is no longer made is removed."
+    modules = {name: api.Module(name, path) for name, path in api.modules().items()}
+    names, books, rows = Names(modules), notebooks(), catalogue()
+    made = {write(SOURCE / place, json.dumps(readable(nb, fix_links(place, names)), sort_keys=True, indent=1))
+            for place, nb in books.items()}
+    made |= {write(SOURCE / f"{room}.md", room_page(room, what, books)) for room, what in ROOMS.items()
+             if any(place.startswith(f"{room}/") for place in books)}
+    made |= write_reference(modules, names, rows)
+    made |= {write(SOURCE / "methods.md", methods_page(rows, names, books)),
+             write(SOURCE / "reports.md", reports_page(books)), write(SOURCE / "rooms.md", rooms_page(books)),
+             write(SOURCE / "contributing.md", contributing_page())}
+    if "index.ipynb" not in books: made.add(write(SOURCE / "index.md", f"# selectbench\n\n{contents(books)}"))
+    else: made.add(write(SOURCE / "index.ipynb", with_contents(SOURCE / "index.ipynb", books)))
+    for path in SOURCE.rglob("*"):
+        if path.is_file() and path not in made and "figures" not in path.parts: path.unlink()
+    if (ROOT / "figures").exists(): shutil.copytree(ROOT / "figures", SOURCE / "figures", dirs_exist_ok=True)
+
+
+def fix_links(place, names):
+    "The rewriting of one notebook's markdown: names become links, figures are found below the site's root."
+    up = "../" * place.count("/")
+    def fix(text):
+        text = re.sub(r"(\]\(|src=[\"'])(?:\.\./)+figures/", rf"\g<1>{up}figures/", text)
+        text = re.sub(r"\]\((\w+)/\)", r"](\1.md)", text)
+        text = re.sub(r"\]\((?:\.\./)+CONTRIBUTING\.md", f"]({up}contributing.md", text)
+        return names.link(text)
+    return fix
+
+
+def contents(books):
+    "The site's sections, as Sphinx wants them."
+    start = ["start"] if "start.ipynb" in books else []
+    pages = "\n".join([*start, "reports", "methods", "rooms", "api", "contributing"])
+    return f"```{{toctree}}\n:hidden:\n:maxdepth: 3\n\n{pages}\n```\n"
+
+
+def with_contents(path, books):
+    "The home page's notebook with the site's sections below it."
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    nb["cells"].append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": contents(books)})
+    return json.dumps(nb, sort_keys=True, indent=1)
+
+
+def tree(pages): return "```{toctree}\n:hidden:\n\n" + "\n".join(pages) + "\n```\n"
+
+
+def listing(places, books, base=""):
+    "A table of pages with their summaries."
+    rows = []
+    for place in places:
+        title, summary = heading(books[place])
+        rows.append(f"| [{title or Path(place).stem}]({base}{place}) | {(summary or '').replace('|', chr(92) + '|')} |")
+    return "\n".join(["| Page | What it is |", "| --- | --- |", *rows])
+
+
+def inside(folder, books): return [place for place in books if place.startswith(f"{folder}/")]
+
+
+def room_page(room, what, books):
+    places = inside(room, books)
+    return f"# {room}\n\n{what}\n\n{listing(places, books)}\n\n{tree(places)}"
+
+
+def rooms_page(books):
+    rooms = [room for room in ROOMS if inside(room, books)]
+    rows = "\n".join(f"| [{room}]({room}.md) | {ROOMS[room]} | {len(inside(room, books))} |" for room in rooms)
+    return ("# Notebooks\n\nOne notebook is one module. A page reads top to bottom: the idea, the code, a check "
+            "against something independent, real data.\n\n| Room | What it holds | Notebooks |\n| --- | --- | --- |\n"
+            f"{rows}\n\n{tree(rooms)}")
+
+
+def reports_page(books):
+    places = inside("reports", books)
+    body = f"{listing(places, books)}\n\n{tree(places)}" if places else ""
+    return f"# Reports\n\nEach report asks one question of real data and answers it first.\n\n{body}"
+
+
+def contributing_page():
+    path = ROOT / "CONTRIBUTING.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else "# Contributing\n"
+    return re.sub(r"\]\(nbs/", "](", text)
+
+
+# The reference
+
+
+def write_reference(modules, names, rows):
+    "A page per module and the list of them."
+    facts = {}
+    for row in rows: facts.setdefault(module_of(row), {})[row["name"]] = fact(row)
+    known, made, listed = known_signals(), set(), {}
+    for name, module in modules.items():
+        place = "/".join(name.split(".")[1:])
+        made.add(write(SOURCE / "api" / f"{place}.md", api.page(module, names.link, facts.get(name), known)))
+        listed.setdefault(name.split(".")[1] if name.count(".") > 1 else "", []).append((name, place, module.summary))
+    rooms = [room for room in ["", *ROOMS] if room in listed]
+    made |= {write(SOURCE / "api" / f"{room}.md", reference_room(room, listed[room])) for room in rooms if room}
+    made.add(write(SOURCE / "api.md", reference_home(rooms, listed, names)))
+    return made
+
+
+def reference_room(room, entries):
+    rows = "\n".join(f"| {{py:mod}}`{name}` | {summary} |" for name, _, summary in entries)
+    pages = [place for _, place, _ in entries]
+    return f"# {room}\n\n{ROOMS[room]}\n\n| Module | What it is |\n| --- | --- |\n{rows}\n\n{tree(pages)}"
+
+
+def reference_home(rooms, listed, names):
+    source = ast.parse((ROOT / "selectbench" / "__init__.py").read_text(encoding="utf-8"))
+    home = next((ast.literal_eval(node.value) for node in source.body if "_HOME" in api.targets(node)), {})
+    top = [f"| {{py:obj}}`{name} <selectbench.{place}.{name}>` | {{py:mod}}`selectbench.{place}` |"
+           for name, place in home.items() if f"selectbench.{place}.{name}" in names.full]
+    body = ["# API reference", "The names at the top of the package, `from selectbench import ...`:",
+            "\n".join(["| Name | Defined in |", "| --- | --- |", *top]), "## Modules"]
+    for room in rooms:
+        body += [f"### {room}"] if room else []
+        body.append("\n".join(["| Module | What it is |", "| --- | --- |",
+                               *(f"| {{py:mod}}`{name}` | {summary} |" for name, _, summary in listed[room])]))
+    pages = [place for _, place, _ in listed.get("", [])] + [room for room in rooms if room]
+    return "\n\n".join(body) + "\n\n" + tree([f"api/{page}" for page in pages])
+
+
+# The list of methods
+
+
+def module_of(row):
+    name = str(row["module"])
+    return name if name.startswith("selectbench.") else f"selectbench.{name}"
+
+
+def paper(row):
+    title, url = str(row.get("paper") or "").replace("|", "\\|"), row.get("url")
+    return f"[{title}]({url})" if isinstance(url, str) and url.startswith("http") else title
+
+
+def fact(row):
+    "One line about a method: family, form of its answer, paper."
+    year = f" ({row['year']:.0f})" if row.get("year") == row.get("year") and row.get("year") else ""
+    return (f"*{row['family']}* {row['kind']}, returns a {row['returns']}. {paper(row)}{year}. "
+            "[All methods](/methods.md)")
+
+
+def words(value):
+    "Names in a cell of the table of methods, whether a list or a string."
+    found = value if isinstance(value, list | tuple) else re.split(r"[,\s]+", str(value or ""))
+    return ", ".join(f"`{v}`" for v in found if v)
+
+
+def shown(row, books):
+    "Links to the notebook that defines a method and to the reports that use it."
+    own = module_of(row).removeprefix("selectbench.").replace(".", "/") + ".ipynb"
+    places = [own] if own in books else []
+    quoted = re.compile(rf"[\"']{re.escape(row['name'])}[\"']|\b{re.escape(row['name'])}\(")
+    places += [place for place in inside("reports", books)
+               if any(quoted.search("".join(c["source"])) for c in books[place]["cells"] if c["cell_type"] == "code")]
+    return ", ".join(f"[{heading(books[place])[0] or place}]({place})" for place in places)
+
+
+def methods_page(rows, names, books):
+    "Every method with paper, family, signals and where it is shown."
+    lines = ["| Method | Family | Kind | Returns | Signals | Paper | Shown in | Key | Module |", "|" + " --- |" * 9]
+    for row in sorted(rows, key=lambda r: (list(ROOMS).index(r["family"]) if r["family"] in ROOMS else 99, r["name"])):
+        place = f"{module_of(row)}.{row['name']}"
+        name = f"{{py:obj}}`{row['name']} <{place}>`" if place in names.full else f"`{row['name']}`"
+        key = f"`{row['key']}`" if isinstance(row.get("key"), str) and row["key"] else ""
+        module = f"{{py:mod}}`{module_of(row).removeprefix('selectbench.')} <{module_of(row)}>`"
+        lines.append("| " + " | ".join([name, row["family"], row["kind"], row["returns"], words(row["signals"]),
+                                        paper(row), shown(row, books), key, module]) + " |")
+    head = (f"# Methods\n\n{len(rows)} methods are registered. Each passes the same conformance checks; *signals* are "
+            "what it must be given, *key* is its row in the atlas of papers.\n\n")
+    return head + ("```{table}\n:class: catalogue\n:align: left\n\n" + "\n".join(lines) + "\n```\n" if rows else "")
+
+
+# Building
+
+
+def site():
+    "Write the source, run Sphinx with warnings as errors, check the links."
+    write_site()
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-n", "-q", "-j", "auto",
+               "-c", str(ROOT / "docs"), "-d", str(DOCTREES), str(SOURCE), str(PAGES)]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        shutil.rmtree(DOCTREES, ignore_errors=True)  # so that the next build reads, and warns of, everything again
+        sys.exit("the site has warnings")
+    links()
+
+
+def readme_text():
+    "README.md as nbs/index.ipynb says it: the same filter, links as seen from the root."
+    import nbformat
+    from nbconvert import MarkdownExporter
+    nb = readable(json.loads((NBS / "index.ipynb").read_text(encoding="utf-8")))
+    nb["cells"] = [cell for cell in nb["cells"] if "remove-cell" not in cell["metadata"].get("tags", [])]
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code" and "remove-input" in cell["metadata"]["tags"]:
+            cell["metadata"] |= {"transient": {"remove_source": True}}
+    exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    text, resources = exporter.from_notebook_node(nbformat.from_dict(nb))
+    if resources.get("outputs"): raise ValueError("index.ipynb draws a figure: save it to figures/ and link to it")
+    text = re.sub(r"<style scoped>.*?</style>\s*", "", text, flags=re.S)
+    text = re.sub(r"\]\((?!\w+:|#|\.\./)([\w/-]+(?:\.ipynb|/))", r"](nbs/\1", text)
+    text = re.sub(r"(\]\(|src=[\"'])\.\./", r"\1", text)
+    text = re.sub(r"\n{3,}", "\n\n", text).strip()
+    return f"<!-- Written by `make export` from nbs/index.ipynb: edit that. -->\n\n{text}\n"
+
+
+def readme(): write(ROOT / "README.md", readme_text())
+
+
+class Page(HTMLParser):
+    "The anchors of a page and where it points."
+
+    def __init__(self, text):
+        super().__init__()
+        self.anchors, self.points = set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if attrs.get("id"): self.anchors.add(attrs["id"])
+        if tag == "a" and attrs.get("name"): self.anchors.add(attrs["name"])
+        for name in ("href", "src"):
+            if attrs.get(name): self.points.append(attrs[name])
+
+
+def broken_links(folder=PAGES):
+    "Every (page, link) of a built site that leads to no file or to no anchor."
+    pages = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).rglob("*.html"))}
+    broken = []
+    for path, page in pages.items():
+        for point in page.points:
+            parts = urlsplit(point)
+            if parts.scheme or parts.netloc: continue
+            goal = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if goal.is_dir(): goal = goal / "index.html"
+            anchor = unquote(parts.fragment)
+            lost = anchor and goal in pages and anchor not in pages[goal].anchors and "search.html" not in point
+            if not goal.exists() or lost: broken.append((path.relative_to(folder).as_posix(), point))
+    return broken
+
+
+def links():
+    broken = broken_links()
+    for page, point in broken: print(f"{page}: broken link {point}", file=sys.stderr)
+    if broken: sys.exit(f"{len(broken)} broken links")
+
+
+if __name__ == "__main__":
+    commands = {"site": site, "readme": readme, "links": links}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands: sys.exit(__doc__)
+    commands[sys.argv[1]]()
