@@ -7,6 +7,7 @@ RUN    := $(VENV)/.run
 TEST   := $(VENV)/.test
 MINE   := $(wildcard nbs/reports/*.ipynb)
 TESTS  := SELECTBENCH_SIZE=small SELECTBENCH_CACHE=$(CURDIR)/build/cache
+SUM    := find nbs figures -type f -not -path '*/.ipynb_checkpoints/*' -exec cksum {} + | sort | cksum
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -25,7 +26,8 @@ lint: $(TEST)  ## ruff
 	@$(BIN)/ruff check selectbench nbs tests docs benchmarks
 
 notebooks: $(TEST)  ## run every notebook, reports at small size
-	@$(TESTS) MPLBACKEND=agg OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --pause 0.1 --timing
+	@before="$$($(SUM))"; $(TESTS) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --pause 0.1 --timing \
+	  && test "$$before" = "$$($(SUM))" || { echo "a notebook failed, or wrote into nbs or figures at small size"; exit 1; }
 
 unit: $(TEST)  ## pytest
 	@$(TESTS) $(BIN)/python -m pytest

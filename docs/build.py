@@ -1,6 +1,6 @@
 """Builds the site from the notebooks, README from the first of them, and checks every link of the result.
 
-    python docs/build.py site      nbs/ -> build/site (source) -> _docs/ (pages)
+    python docs/build.py site      nbs/ -> build/site (what Sphinx reads) -> _docs/
     python docs/build.py readme    nbs/index.ipynb -> README.md
     python docs/build.py links     every link and anchor of _docs/ resolves
 """
@@ -19,7 +19,8 @@ import api
 from cells import heading, readable
 
 ROOT = Path(__file__).resolve().parents[1]
-NBS, SOURCE, DOCTREES, PAGES = ROOT / "nbs", ROOT / "build" / "site", ROOT / "build" / "doctrees", ROOT / "_docs"
+BUILD, NBS, PAGES = ROOT / "build", ROOT / "nbs", ROOT / "_docs"
+SOURCE = BUILD / "site"
 ROOMS = {
     "core": "What everything else stands on: selections, the registry of methods, the cache, tasks, studies.",
     "nn": "What models are built and watched with: selective scan, blocks, routers, trace hooks.",
@@ -282,11 +283,14 @@ def methods_page(rows, names, books):
 def site():
     "Write the source, run Sphinx with warnings as errors, check the links."
     write_site()
+    doctrees = BUILD / "doctrees"
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-n", "-q", "-j", "auto",
-               "-c", str(ROOT / "docs"), "-d", str(DOCTREES), str(SOURCE), str(PAGES)]
+               "-c", str(ROOT / "docs"), "-d", str(doctrees), str(SOURCE), str(BUILD / "html")]
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
-        shutil.rmtree(DOCTREES, ignore_errors=True)  # so that the next build reads, and warns of, everything again
+        shutil.rmtree(doctrees, ignore_errors=True)  # so that the next build reads, and warns of, everything again
         sys.exit("the site has warnings")
+    shutil.rmtree(PAGES, ignore_errors=True)
+    shutil.copytree(BUILD / "html", PAGES)
     links()
 
 

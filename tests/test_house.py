@@ -251,3 +251,13 @@ def test_reference_reads_the_source(tmp_path):
     assert "{py:function} f(a, *rest, b=None, **kw)" in page and "| `b` | `int \\| None` | `None` | second |" in page
     assert "{py:class} C(x=1)" in page and "{py:method} g(y)" in page
     assert isinstance(ast.parse(path.read_text()), ast.Module)
+
+
+def test_a_skip_for_data_that_is_there_fails(tmp_path):
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path)
+    (tmp_path / "test_it.py").write_text("import pytest\ndef test_it(): pytest.skip('needs SELECTBENCH_DATA')\n"
+                                         "def test_other(): pytest.skip('needs a GPU')\n")
+    outcome = lambda data: run(sys.executable, "-m", "pytest", "-q", str(tmp_path), cwd=tmp_path,
+                               env=os.environ | {"SELECTBENCH_DATA": data}).stdout.splitlines()[-1]
+    assert "2 skipped" in outcome("")
+    assert "1 failed, 1 skipped" in outcome(str(tmp_path))
