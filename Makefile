@@ -48,7 +48,7 @@ reports: $(TEST)  ## run the reports again at full size, in place
 
 export: $(TEST)  ## write the package, the list of methods and README from the notebooks
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
-	@$(BIN)/python -m selectbench.core.index
+	@$(BIN)/python -c "from selectbench.core.registry import write_index; write_index()"
 	@$(BIN)/python docs/build.py readme
 
 clean:  ## remove what is built; keep .venv and runs

@@ -88,8 +88,7 @@ def notebooks():
 def catalogue():
     "The table of methods as a list of dicts; empty while the package has none."
     import selectbench
-    table = selectbench.methods()
-    return [] if table is None else table.reset_index().to_dict("records")
+    return selectbench.methods().to_dict("records")
 
 
 def known_signals():
