@@ -100,7 +100,7 @@ def cell(text): return f"`{text}`".replace("|", "\\|") if text else ""
 def table(rows):
     "A markdown table of parameter rows; columns that would be empty are left out."
     if not rows: return ""
-    heads = ["Parameter", "Type", "Default", ""]
+    heads = ["Parameter", "Type", "Default", "What it is"]
     made = [[cell(name), cell(kind), cell(default), text.replace("|", "\\|")] for name, kind, default, text in rows]
     keep = [i for i in range(4) if i == 0 or any(row[i] for row in made)]
     if keep == [0]: return ""
@@ -114,9 +114,9 @@ def doc(node, link=str):
     return link(re.sub(r"(?m)^(#+ )", r"\\\1", text))
 
 
-def returns(node):
+def returns(node, link=str):
     kind = unparse(getattr(node, "returns", None))
-    return f"**Returns** {cell(kind)}" if kind and kind != "None" else ""
+    return link(f"**Returns** `{kind}`") if kind and kind != "None" else ""
 
 
 def decorated(node, name): return any(unparse(d).split("(")[0].split(".")[-1] == name for d in node.decorator_list)
@@ -131,10 +131,10 @@ def directive(kind, head, body, ticks=3):
 def member(module, node, link):
     "A public method or property of a class."
     if decorated(node, "property") or decorated(node, "cached_property"):
-        return directive("property", node.name, [doc(node, link), returns(node)])
+        return directive("property", node.name, [doc(node, link), returns(node, link)])
     fixed = decorated(node, "staticmethod")
     rows = [row for row in parameters(module, node, drop_self=not fixed) if any(row[1:])]
-    body = [doc(node, link), table(rows), returns(node)]
+    body = [doc(node, link), table(rows), returns(node, link)]
     kind = "classmethod" if decorated(node, "classmethod") else "staticmethod" if fixed else "method"
     return directive(kind, node.name + signature(node, drop_self=not fixed), body)
 
@@ -154,19 +154,21 @@ def class_entry(module, name, node, link):
 
 
 def entry(module, name, node, link, extra="", known=None):
-    "The reference entry of one public name; `known` gives a note for parameters that carry none."
+    "The reference entry of one public name; `known` gives (type, note) for parameters that carry none."
     if isinstance(node, ast.ClassDef): return class_entry(module, name, node, link)
     if isinstance(node, DEF):
-        known = known or {}
-        rows = [(*row[:3], row[3] or known.get(row[0], "")) for row in parameters(module, node)]
-        return directive("function", name + signature(node), [doc(node, link), extra, table(rows), returns(node)])
+        fill = lambda row: (known or {}).get(row[0], ("", ""))
+        rows = [(row[0], row[1] or fill(row)[0], row[2], row[3] or fill(row)[1]) for row in parameters(module, node)]
+        return directive("function", name + signature(node), [doc(node, link), extra, table(rows),
+                                                             returns(node, link)])
     return directive("data", name, [module.comments.get(node.end_lineno, "")])
 
 
 def page(module, link=str, facts=None, known=None):
     """The reference page of one module as MyST markdown.
 
-    `facts` maps a name to a line of its own (paper, family); `known` maps a parameter of those names to a note."""
+    `facts` maps a name to a line of its own (paper, family); `known` maps a parameter of such a function to its
+    (type, note) where it has none."""
     facts = facts or {}
     entries = [entry(module, name, node, link, facts.get(name, ""), known if name in facts else None)
                for name, node in module.objects()]

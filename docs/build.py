@@ -92,11 +92,11 @@ def catalogue():
 
 
 def known_signals():
-    "Signal name -> what it is, for parameter tables."
+    "Parameter of a method -> (type, what it is), for parameter tables."
     from selectbench.core.vocabulary import SIGNALS
     shape = lambda s: f"{s.dtype}[{', '.join(s.shape)}]" if s.shape else s.dtype
-    return {s.name: f"*signal:* {s.what}, {shape(s)}" for s in SIGNALS.values()} | {
-        "k": "*budget:* how many to choose", "seed": "random seed"}
+    return {s.name: (shape(s), f"*signal:* {s.what}") for s in SIGNALS.values()} | {
+        "k": ("int", "*budget:* how many to choose"), "seed": ("int", "random seed")}
 
 
 # The pages
@@ -124,9 +124,14 @@ def write_site():
 def fix_links(place, names):
     "The rewriting of one notebook's markdown: names become links, figures are found below the site's root."
     up = "../" * place.count("/")
+
+    def room(match):
+        "A link to a folder becomes one to its page, or plain text while the folder is empty."
+        return f"[{match[1]}]({match[2]}.md)" if any((NBS / match[2]).glob("*.ipynb")) else match[1]
+
     def fix(text):
         text = re.sub(r"(\]\(|src=[\"'])(?:\.\./)+figures/", rf"\g<1>{up}figures/", text)
-        text = re.sub(r"\]\((\w+)/\)", r"](\1.md)", text)
+        text = re.sub(r"\[([^\]]+)\]\((\w+)/\)", room, text)
         text = re.sub(r"\]\((?:\.\./)+CONTRIBUTING\.md", f"]({up}contributing.md", text)
         return names.link(text)
     return fix
