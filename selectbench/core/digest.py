@@ -118,9 +118,7 @@ def _neighbours(fn):
 
 def _empty(cell):
     "True for a closure cell that is not filled yet."
-    try: cell.cell_contents
-    except ValueError: return True
-    return False
+    return cell == types.CellType()
 
 # %% ../../nbs/core/digest.ipynb #711f8a31
 def _members(cls):
