@@ -34,8 +34,28 @@ class Module:
         for node in tree.body:
             for key in targets(node): self.nodes[key] = node
             if "__all__" in targets(node): self.public = ast.literal_eval(node.value)
+        self.attached = [pair for node in tree.body for pair in attachments(node)]
         match = re.search(r"^# %% (?:\.\./)+nbs/(\S+\.ipynb)", self.source, re.M)
         self.notebook = match and match[1]
+
+    def members(self, name, node):
+        "Public methods and properties of a class as (name, kind, node): those in its body, those given to it later."
+        found = [(item.name, kind_of(item), item) for item in node.body if isinstance(item, DEF)]
+        for goal, value in self.attached:
+            if goal.value.id != name: continue
+            wrap = ast.unparse(value.func) if isinstance(value, ast.Call) else "method"
+            inner = value.args[0] if isinstance(value, ast.Call) and value.args else value
+            item = self.nodes.get(getattr(inner, "id", None))
+            if isinstance(item, DEF): found.append((goal.attr, wrap, item))
+        return [row for row in found if not row[0].startswith("_") and ast.get_docstring(row[2])]
+
+    def registered(self, method):
+        "The name of the function or class that is registered as `method`."
+        for key, node in self.nodes.items():
+            for call in getattr(node, "decorator_list", []):
+                given = {k.arg: k.value for k in getattr(call, "keywords", [])}
+                if "paper" in given and ast.unparse(given.get("name", ast.Constant(key))) == repr(method): return key
+        return method
 
     def objects(self):
         "Public names that are functions, classes or constants defined here, with their nodes."
@@ -48,6 +68,21 @@ def targets(node):
     if isinstance(node, ast.AnnAssign): return [node.target.id] if isinstance(node.target, ast.Name) else []
     if isinstance(node, ast.Assign): return [t.id for t in node.targets if isinstance(t, ast.Name)]
     return []
+
+
+def attachments(node):
+    "Pairs (Class.name, value) of a statement like `Class.a, Class.b = f, classmethod(g)`."
+    if not isinstance(node, ast.Assign): return []
+    parts = lambda x: x.elts if isinstance(x, ast.Tuple) else [x]
+    pairs = zip(parts(node.targets[0]), parts(node.value), strict=False)
+    return [(a, b) for a, b in pairs if isinstance(a, ast.Attribute) and isinstance(a.value, ast.Name)]
+
+
+def kind_of(node):
+    "What a function in a class body is: method, property, classmethod or staticmethod."
+    names = [unparse(d).split("(")[0].split(".")[-1] for d in node.decorator_list]
+    found = {"cached_property": "property"}.get(names[0], names[0]) if names else ""
+    return found if found in ("property", "classmethod", "staticmethod") else "method"
 
 
 def comments(source):
@@ -128,15 +163,12 @@ def directive(kind, head, body, ticks=3):
     return f"{fence}{{py:{kind}}} {head}\n" + "\n\n".join(part for part in body if part) + f"\n{fence}"
 
 
-def member(module, node, link):
+def member(module, name, kind, node, link):
     "A public method or property of a class."
-    if decorated(node, "property") or decorated(node, "cached_property"):
-        return directive("property", node.name, [doc(node, link), returns(node, link)])
-    fixed = decorated(node, "staticmethod")
-    rows = [row for row in parameters(module, node, drop_self=not fixed) if any(row[1:])]
-    body = [doc(node, link), table(rows), returns(node, link)]
-    kind = "classmethod" if decorated(node, "classmethod") else "staticmethod" if fixed else "method"
-    return directive(kind, node.name + signature(node, drop_self=not fixed), body)
+    if kind == "property": return directive(kind, name, [doc(node, link), returns(node, link)])
+    bound = kind != "staticmethod"
+    rows = [row for row in parameters(module, node, drop_self=bound) if any(row[1:])]
+    return directive(kind, name + signature(node, drop_self=bound), [doc(node, link), table(rows), returns(node, link)])
 
 
 def class_entry(module, name, node, link):
@@ -148,8 +180,7 @@ def class_entry(module, name, node, link):
     elif fields and decorated(node, "dataclass"):
         rows = [(n, t, "..." if d.startswith("field(") else d, about) for n, t, d, about in fields]
         head = "(" + ", ".join(f"{n}={d}" if d else n for n, _, d, _ in rows) + ")"
-    members = [member(module, item, link) for item in node.body
-               if isinstance(item, DEF) and not item.name.startswith("_") and ast.get_docstring(item)]
+    members = [member(module, *row, link) for row in module.members(name, node)]
     return directive("class", name + head, [doc(node, link), table(rows), *members], ticks=4)
 
 

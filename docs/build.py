@@ -44,13 +44,21 @@ ROOMS = {
 CALL = re.compile(r"(?<![`\[\w{}])`([A-Za-z_][\w.]*)(\(\))?`(?![`\]])")
 
 
+def public(module):
+    "Public names of a module, `Class.member` too."
+    for name, node in module.objects():
+        yield name
+        if isinstance(node, ast.ClassDef):
+            for member, _, _ in module.members(name, node): yield f"{name}.{member}"
+
+
 class Names:
     "Public names of the package: how a name in backticks finds its entry in the reference."
 
     def __init__(self, modules):
         self.modules, self.full, seen = modules, {}, {}
         for module in modules.values():
-            for name, _ in module.objects(): seen.setdefault(name, []).append(f"{module.name}.{name}")
+            for name in public(module): seen.setdefault(name, []).append(f"{module.name}.{name}")
         for name, places in seen.items():
             if len(places) == 1: self.full[name] = places[0]
             self.full |= {place: place for place in places}
@@ -197,7 +205,7 @@ def contributing_page():
 def write_reference(modules, names, rows):
     "A page per module and the list of them."
     facts = {}
-    for row in rows: facts.setdefault(module_of(row), {})[row["name"]] = fact(row)
+    for row in rows: facts.setdefault(module_of(row), {})[entry_of(row, modules)] = fact(row)
     known, made, listed = known_signals(), set(), {}
     for name, module in modules.items():
         place = "/".join(name.split(".")[1:])
@@ -238,6 +246,12 @@ def module_of(row):
     return name if name.startswith("selectbench.") else f"selectbench.{name}"
 
 
+def entry_of(row, modules):
+    "The name of a method's entry in the reference, which is its function's."
+    module = modules.get(module_of(row))
+    return module.registered(row["name"]) if module else row["name"]
+
+
 def paper(row):
     title, url = str(row.get("paper") or "").replace("|", "\\|"), row.get("url")
     return f"[{title}]({url})" if isinstance(url, str) and url.startswith("http") else title
@@ -270,7 +284,7 @@ def methods_page(rows, names, books):
     "Every method with paper, family, signals and where it is shown."
     lines = ["| Method | Family | Kind | Returns | Signals | Paper | Shown in | Key | Module |", "|" + " --- |" * 9]
     for row in sorted(rows, key=lambda r: (list(ROOMS).index(r["family"]) if r["family"] in ROOMS else 99, r["name"])):
-        place = f"{module_of(row)}.{row['name']}"
+        place = f"{module_of(row)}.{entry_of(row, names.modules)}"
         name = f"{{py:obj}}`{row['name']} <{place}>`" if place in names.full else f"`{row['name']}`"
         key = f"`{row['key']}`" if isinstance(row.get("key"), str) and row["key"] else ""
         module = f"{{py:mod}}`{module_of(row).removeprefix('selectbench.')} <{module_of(row)}>`"

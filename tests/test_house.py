@@ -247,10 +247,12 @@ def test_reference_reads_the_source(tmp_path):
     path = tmp_path / "m.py"
     path.write_text('"Sum."\n__all__ = ["f", "C"]\n'
                     'def f(a, # first\n      *rest,\n      b: int | None = None, # second\n      **kw):\n    "Adds."\n'
-                    'class C:\n    "Holds."\n    def __init__(self, x=1): pass\n    def g(self, y): "Gets."\n')
+                    'class C:\n    "Holds."\n    def __init__(self, x=1): pass\n    def g(self, y): "Gets."\n'
+                    'def _h(self, z): "Later."\ndef _i(cls): "On the class."\nC.h, C.i = _h, classmethod(_i)\n')
     page = api.page(api.Module("selectbench.m", path))
     assert "{py:function} f(a, *rest, b=None, **kw)" in page and "| `b` | `int \\| None` | `None` | second |" in page
     assert "{py:class} C(x=1)" in page and "{py:method} g(y)" in page
+    assert "{py:method} h(z)" in page and "{py:classmethod} i()" in page
     assert isinstance(ast.parse(path.read_text()), ast.Module)
 
 
