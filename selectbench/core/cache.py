@@ -147,6 +147,12 @@ class CachedCall:
     @property
     def folder(self) -> Path: "Where the entry is, or would be."; return cache_folder() / self.fn.label / self.key[:32]
 
+    @property
+    def seconds(self) -> float:
+        "The seconds that computing the result took, as its entry says; NaN without an entry."
+        try: return json.loads((self.folder / "meta.json").read_text())["seconds"]
+        except (OSError, ValueError, KeyError): return float("nan")
+
     def __repr__(self):
         short = lambda v: repr(v) if isinstance(v, CachedCall | str | int | float | bool | None) else _short(v)
         return f"{self.fn.label}({', '.join(f'{k}={short(v)}' for k, v in self.arguments.arguments.items())})"
