@@ -352,7 +352,8 @@ class Page(HTMLParser):
 
 def broken_links(folder=PAGES):
     "Every (page, link) of a built site that leads to no file or to no anchor."
-    pages = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).rglob("*.html"))}
+    pages = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).rglob("*.html"))
+             if "_static" not in path.relative_to(folder).parts}
     broken = []
     for path, page in pages.items():
         for point in page.points:
