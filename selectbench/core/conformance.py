@@ -59,8 +59,10 @@ _LOGS: list = []  # logs that are being kept now
 
 
 def _audit(event, args, watched=WATCHED, logs=_LOGS):
-    if logs and event in watched and not str(args[0]).endswith((".py", ".pyc", ".so")):
-        for log in logs: log.append(f"{event}({args[0]!r})")
+    if not logs or event not in watched: return
+    what = str(args[0])
+    if not what.endswith((".py", ".pyc", ".so")) and not what.startswith(("/proc/", "/sys/")):
+        logs[-1].append(f"{event}({what!r})")
 
 
 sys.addaudithook(_audit)
