@@ -1,0 +1,27 @@
+"""Every registered method conforms, and every planted bad method is caught: the tests of the tests."""
+
+import pytest
+
+from selectbench import methods
+from selectbench.core.conformance import CHECKS, check_method, conformance, planted
+
+
+@pytest.mark.parametrize("name", list(methods))
+def test_method_conforms(name): check_method(name)
+
+
+@pytest.mark.parametrize("check", list(planted()))
+def test_planted_bad_method_is_caught(check):
+    "One bad method of each sort; a Selection itself refuses a repeated index, which the first check reports."
+    wrong = conformance(planted()[check])
+    assert wrong["valid_form" if check == "repeats" else check], f"{check} let its planted method pass: {wrong}"
+
+
+def test_every_check_has_a_planted_method():
+    assert {c.__name__ for c in CHECKS} <= set(planted())
+
+
+def test_exemptions_have_reasons():
+    for card in methods.cards():
+        for check, reason in card["exempt"].items():
+            assert check in {c.__name__ for c in CHECKS} and len(reason) > 10, (card["name"], check)
