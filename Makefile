@@ -9,14 +9,6 @@ MINE   := $(wildcard nbs/reports/*.ipynb)
 TESTS  := SELECTBENCH_SIZE=small SELECTBENCH_CACHE=$(CURDIR)/build/cache
 SUM    := find nbs figures -type f -not -path '*/.ipynb_checkpoints/*' -exec cksum {} + | sort | cksum
 
-define CHECKS
-import sys
-from selectbench import check_method, conformance
-for name, fault in conformance(sys.argv[1]).items(): print(f"{name:24}{fault or 'ok'}")
-check_method(sys.argv[1])
-endef
-export CHECKS
-
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help run test lint notebooks unit validate lab docs reports export clean
@@ -41,7 +33,7 @@ unit: $(TEST)  ## pytest
 	@$(TESTS) $(BIN)/python -m pytest
 
 validate: $(TEST)  ## check one method: make validate NAME=k_center
-	@$(BIN)/python -c "$$CHECKS" $(NAME)
+	@$(BIN)/selectbench check $(NAME)
 
 lab: $(TEST)  ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs

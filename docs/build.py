@@ -312,6 +312,32 @@ def site():
     links()
 
 
+class Table(HTMLParser):
+    "The rows of the tables in a piece of HTML."
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.cell = [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "tr": self.rows.append([])
+        if tag in ("td", "th"): self.cell = True; self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"): self.cell = False
+
+    def handle_data(self, data):
+        if self.cell: self.rows[-1][-1] += data.strip().replace("|", "\\|")
+
+    def markdown(self):
+        "A markdown table without a DataFrame's unnamed index."
+        rows = [row for row in self.rows if row]
+        if rows and rows[0][0] == "": rows = [row[1:] for row in rows]
+        if not rows: return ""
+        return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]) + "\n"
+
+
 def readme_text():
     "README.md as nbs/index.ipynb says it: the same filter, links as seen from the root."
     import nbformat
@@ -319,12 +345,14 @@ def readme_text():
     nb = readable(json.loads((NBS / "index.ipynb").read_text(encoding="utf-8")))
     nb["cells"] = [cell for cell in nb["cells"] if "remove-cell" not in cell["metadata"].get("tags", [])]
     for cell in nb["cells"]:
-        if cell["cell_type"] == "code" and "remove-input" in cell["metadata"]["tags"]:
-            cell["metadata"] |= {"transient": {"remove_source": True}}
+        if cell["cell_type"] != "code": continue
+        if "remove-input" in cell["metadata"]["tags"]: cell["metadata"] |= {"transient": {"remove_source": True}}
+        for data in (out["data"] for out in cell["outputs"] if "text/html" in out.get("data", {})):
+            table = Table("".join(data["text/html"])).markdown()
+            if table: data["text/markdown"] = table; del data["text/html"]
     exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
-    text, resources = exporter.from_notebook_node(nbformat.from_dict(nb))
+    text, resources = exporter.from_notebook_node(nbformat.reads(json.dumps(nb), as_version=4))
     if resources.get("outputs"): raise ValueError("index.ipynb draws a figure: save it to figures/ and link to it")
-    text = re.sub(r"<style scoped>.*?</style>\s*", "", text, flags=re.S)
     text = re.sub(r"\]\((?!\w+:|#|\.\./)([\w/-]+(?:\.ipynb|/))", r"](nbs/\1", text)
     text = re.sub(r"(\]\(|src=[\"'])\.\./", r"\1", text)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()

@@ -64,7 +64,8 @@ def regenerate(folder):
 
 def differences(folder):
     "Files that the new copy has otherwise, has and the project lacks, or lacks."
-    here = {path.relative_to(ROOT) for path in house()}
+    ours = lambda path: path.parts[0] in ("nbs", "selectbench") or path.name == "README.md"
+    here = {path.relative_to(ROOT) for path in house() if ours(path.relative_to(ROOT))}
     made = {p.relative_to(folder) for p in (folder / "selectbench").rglob("*") if p.is_file() and p.suffix != ".pyc"}
     return sorted(str(p) for p in here | made
                   if not ((ROOT / p).exists() and (folder / p).exists()
