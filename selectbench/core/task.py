@@ -28,13 +28,14 @@ class Task:
 
     `signals` maps a declared name to its value, to a callable without arguments, or to an unevaluated cached call;
     `evaluate(selection, seed) -> dict of floats`; `fingerprint` says which data and evaluation this is; `options` are
-    keyword arguments for measures (by parameter name); `refold(seed)` gives the task split anew.
+    keyword arguments for measures (by parameter name); `refold(seed)` gives the task split anew; `rows` are the
+    positions of the pool's items in the data set that they came from.
     ValueError for a signal that is not in the vocabulary."""
     def __init__(self, name, *, signals: Mapping, evaluate: Callable, fingerprint: str, options: Mapping | None = None,
-                 accepts=("selection", "ordering"), refold: Callable | None = None):
+                 accepts=("selection", "ordering"), refold: Callable | None = None, rows=None):
         for s in signals:
             if s not in SIGNALS: raise ValueError(f"`signals` has an unknown name {s!r}{nearest(s, SIGNALS)}")
-        self.name, self.accepts, self.options = name, tuple(accepts), dict(options or {})
+        self.name, self.accepts, self.options, self.rows = name, tuple(accepts), dict(options or {}), rows
         self._given, self._evaluate, self._refold = dict(signals), evaluate, refold
         self._lazy, self._values, self._folds = {}, {}, {}
         how = evaluate.func if isinstance(evaluate, partial) else evaluate
@@ -163,7 +164,7 @@ def _from_dataset(cls, dataset, model, metric="accuracy", *, seed=0, test_size=0
     again = partial(_from_dataset, cls, dataset, model, metric, test_size=test_size, validation_size=validation_size,
                     name=name, options=options)
     return cls(name or label, signals=signals, evaluate=evaluate, refold=lambda seed: again(seed=seed), options=options,
-               fingerprint=digest((data, seed, test_size, validation_size, model, metric)))
+               rows=pool, fingerprint=digest((data, seed, test_size, validation_size, model, metric)))
 
 
 Task.from_dataset = classmethod(_from_dataset)

@@ -17,7 +17,8 @@ from rich.table import Table
 from ..core.registry import methods
 
 # %% ../../nbs/report/cli.ipynb #0473eca5
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="A workbench for choosing.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="A workbench for choosing.")
 cache_app = typer.Typer(no_args_is_help=True, help="What is kept, what may go, and carrying it between machines.")
 run_app = typer.Typer(no_args_is_help=True, help="Declared jobs.")
 app.add_typer(cache_app, name="cache")
@@ -28,7 +29,7 @@ def _print(columns, rows, **kw):
     "A table on standard output, as wide as it needs to be in a pipe."
     out = Console(width=None if sys.stdout.isatty() else 160, force_jupyter=False)
     table = Table(box=None, header_style="bold", **kw)
-    for c in columns: table.add_column(c, overflow="fold")
+    for c in columns: table.add_column(str(c), overflow="fold")
     for r in rows: table.add_row(*map(str, r))
     out.print(table)
 
