@@ -41,7 +41,7 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-html_sidebars = {"index": [], "methods": [], "contributing": []}
+html_sidebars = {"index": [], "start": [], "methods": [], "contributing": []}
 python_display_short_literal_types = True
 add_module_names = False
 toc_object_entries_show_parents = "hide"
