@@ -49,10 +49,10 @@ def kernel(x):
 
 
 def contender(name):
-    "A function (x, k) -> (indices, passes or None); what it needs is imported here, before the clock starts."
+    "A function (x, k) -> (indices, rises an example or None); its imports happen here, before the clock starts."
     if name == "selectbench facility_location":
         from selectbench.data.coverage import facility_location
-        return lambda x, k: (lambda s: (s.index, s.info["passes"]))(facility_location(x, k))
+        return lambda x, k: (lambda s: (s.index, s.info["rises"]))(facility_location(x, k))
     if name == "selectbench k_center":
         from selectbench.data.coverage import k_center
         return lambda x, k: (k_center(x, k, seed=0).index, None)
@@ -92,10 +92,10 @@ def child(name, n, k, clusters):
     "Run one contender once and print what happened as JSON."
     run = contender(name)
     x = embeddings(n, clusters)
-    before, start = peak_mb(), time.perf_counter()
-    index, passes = run(x, k)
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "mb": peak_mb() - before, "imports": before, "passes": passes,
+    before, start, cpu = peak_mb(), time.perf_counter(), time.process_time()
+    index, rises = run(x, k)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "mb": peak_mb() - before, "imports": before, "rises": rises,
                       "index": [int(i) for i in index]}))
 
 
@@ -142,8 +142,9 @@ def compare(title, names, n, args):
         times = [run["seconds"] for run in runs[name]]
         same = difference(runs[name][0]["index"], runs[ours][0]["index"], n, args.clusters)
         note = f"{median(name, 'seconds') / median(ours, 'seconds'):7.1f} x ours; {same}"
-        if name == ours: note = f"{runs[name][0]['passes']:.2f} passes" if runs[name][0]["passes"] else ""
+        if name == ours: note = f"{runs[name][0]['rises']:.2f} rises an example" if runs[name][0]["rises"] else ""
         print(f"  {name:32s} {median(name, 'seconds'):8.3f} s ({min(times):.3f} - {max(times):.3f})"
+              f"{median(name, 'cpu'):8.3f} s CPU"
               f"  {median(name, 'mb'):7.0f} MB above {median(name, 'imports'):.0f}  {note}", flush=True)
     return {name: median(name, "seconds") for name in present}
 

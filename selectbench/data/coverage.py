@@ -14,6 +14,7 @@ import numpy as np
 from scipy.spatial.distance import cdist
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from ..core.progress import progress
 from ..core.registry import method
 from ..core.selection import Selection
 
@@ -63,7 +64,7 @@ def k_center(embeddings, k, *, seed=0) -> Selection:
     nearest = lambda i: cdist(embeddings[[i]], embeddings[index[:t]], "sqeuclidean").min()
     with threadpool_limits(1, "blas"):
         v = int(np.random.default_rng(seed).integers(n))
-        for t in range(1, k + 1):
+        for t in progress(range(1, k + 1)):
             index[t - 1] = v
             far = np.maximum(norm + norm[v] - 2 * (x @ x[v]), 0)
             closer = np.flatnonzero(far < gap)
@@ -76,12 +77,12 @@ def k_center(embeddings, k, *, seed=0) -> Selection:
     return Selection(index, n=n, score=score, info={"radius": float(radius)})
 
 # %% ../../nbs/data/coverage.ipynb #9ffb3f16
-def _gain_sums(z, rows, low, width=None, apply=map, block=1 << 18, chunk=256):
-    """float64[n]: for each candidate j, the sum over `rows` i of s_ij - low_i clipped to [0, width_i].
+def _gain_sums(z, points, low, width, apply=map, block=1 << 18, chunk=256):
+    """float64[n]: for each candidate j, the sum over `points` i of s_ij - low_i clipped to [0, width_i].
 
-    `z` f32[n, d + 1] has ones in its last column. `apply` maps a function over blocks of candidates."""
-    part, (n, m), total = z[rows], (len(z), len(rows)), np.zeros(len(z))
-    part[:, -1] = -low
+    `z` f32[n, d + 1] and `points` f32[m, d + 1] end in a column of ones. `apply` maps over blocks of candidates."""
+    (n, m), total = (len(z), len(points)), np.zeros(len(z))
+    points[:, -1] = -low
     zeros, ones, most = np.zeros(chunk, np.float32), np.ones(chunk, np.float32), min(max(m, 1), chunk)
     step = n if n * m < block // 4 else min(block // most, -(-n // 4))
 
@@ -89,14 +90,52 @@ def _gain_sums(z, rows, low, width=None, apply=map, block=1 << 18, chunk=256):
         "Candidates j, ..., j + step, in a scratch that stays in the processor's cache."
         scratch, mine = np.empty((min(step, n - j), most), np.float32), total[j:j + step]
         for i in range(0, m, chunk):
-            p = part[i:i + chunk]
+            p = points[i:i + chunk]
             s = np.matmul(z[j:j + step], p.T, out=scratch[:, :len(p)])
             np.maximum(s, zeros[:len(p)], out=s)
-            if width is not None: np.minimum(s, width[i:i + chunk], out=s)
+            np.minimum(s, width[i:i + chunk], out=s)
             mine += s @ ones[:len(p)]
 
     for _ in (apply if step < n else map)(add, range(0, n, step)): pass
     return total
+
+# %% ../../nbs/data/coverage.ipynb #baeb7e97
+def _first_gains(z, apply=map, size=512):
+    "float64[n]: for each candidate the sum of its positive similarities. `z` f32[n, d + 1] as above."
+    n, x, total = len(z), z[:, :-1], np.zeros(len(z))
+    zeros, ones = np.zeros(size, np.float32), np.ones(size, np.float32)
+
+    def add(i):
+        "The rows i, ..., i + size against themselves and all later ones."
+        mine, rows = np.zeros(n - i), x[i:i + size]
+        scratch = np.empty((len(rows), size), np.float32)
+        for j in range(i, n, size):
+            m = min(size, n - j)
+            s = np.matmul(rows, x[j:j + m].T, out=scratch[:, :m])
+            np.maximum(s, zeros[:m], out=s)
+            mine[:len(rows)] += s @ ones[:m]
+            if j > i: mine[j - i:j - i + m] += ones[:len(rows)] @ s
+        return i, mine
+
+    for i, mine in apply(add, range(0, n, size)): total[i:] += mine
+    return total
+
+# %% ../../nbs/data/coverage.ipynb #6e7ceecd
+def _losses(z, s, covered, rows, angles, apply=map):
+    """float64[n]: how much each gain falls when the coverage of `rows` rises from `covered` to `s`.
+
+    `s` f32[n] is the similarity to the new choice. `angles`: the vectors in `z` have length one, so the triangle
+    inequality may be used."""
+    low, width, lost, tight = covered[rows], s[rows] - covered[rows], np.zeros(len(z)), np.zeros(len(rows), bool)
+    if angles and rows.size > 16:
+        angle = np.arccos(np.clip(s[rows], -1, 1)) + np.arccos(np.clip(low, -1, 1))
+        reach = np.cos(np.minimum(angle, np.pi)) - 1e-3                 # a margin for single precision
+        tight = reach > np.partition(s, 3 * len(s) // 4)[3 * len(s) // 4]
+        if tight.sum() <= 16: tight[:] = False
+    if tight.any():
+        near = np.flatnonzero(s >= reach[tight].min())
+        lost[near] = _gain_sums(z[near], z[rows[tight]], low[tight], width[tight], apply)
+    return lost + _gain_sums(z, z[rows[~tight]], low[~tight], width[~tight], apply)
 
 # %% ../../nbs/data/coverage.ipynb #327c4d77
 class _Exact:
@@ -115,20 +154,21 @@ class _Exact:
 
 # %% ../../nbs/data/coverage.ipynb #66fcbc12
 def _greedy(x, k, metric, apply):
-    "The choices, their gains, the gains of all at the end (-inf where chosen), and how many rows moved in all."
+    "The choices, their gains, the gains of all at the end (-inf where chosen), and how often a coverage rose."
     n = len(x)
     z = np.column_stack([_unit(x, metric), np.ones(n, np.float32)])
-    covered, index, gains, moved = np.zeros(n, np.float32), np.empty(k, np.int64), np.empty(k), n
-    gain, exact = _gain_sums(z, np.arange(n), covered, apply=apply), _Exact(x, metric)
+    covered, index, gains, moved = np.zeros(n, np.float32), np.empty(k, np.int64), np.empty(k), 0
+    gain, exact = _first_gains(z, apply), _Exact(x, metric)
     slack = 4e-7 * gain
-    for t in range(k):
+    for t in progress(range(k)):
         v = index[t] = _best(gain, slack, partial(exact, chosen=index[:t]))
         s = z[:, :-1] @ z[v, :-1]
-        rows = np.flatnonzero(s > covered); width = s[rows] - covered[rows]
-        lost = _gain_sums(z, rows, covered[rows], width, apply)
+        rows = np.flatnonzero(s > covered)
+        lost = _losses(z, s, covered, rows, metric == "cosine", apply)
         gain -= lost; slack += 4e-7 * lost + (3e-8 * rows.size + 1e-7 * rows.size**.5) * (lost > 0)
         gain[v], slack[v] = -np.inf, 0
-        covered[rows], gains[t], moved = s[rows], width.sum(dtype=np.float64), moved + rows.size
+        gains[t], moved = (s[rows] - covered[rows]).sum(dtype=np.float64), moved + rows.size
+        covered[rows] = s[rows]
     return index, gains, gain, moved
 
 # %% ../../nbs/data/coverage.ipynb #b92c73d7
@@ -138,14 +178,15 @@ def facility_location(embeddings, k, *, metric="cosine") -> Selection:
     """Greedy maximisation of sum_i max(0, max_{j in S} s(x_i, x_j)) over `embeddings` f32[n, d].
 
     `metric` is `cosine` or `dot`. `score` is the marginal gain at the moment of choice, and at the end for those left
-    out. `info` holds `gains` f64[k], their sum `objective`, and `passes`, the work in units of one n x n similarity
-    matrix; none is stored. Wei, Iyer and Bilmes 2015; the greedy of Nemhauser, Wolsey and Fisher 1978."""
+    out. `info` holds `gains` f64[k], their sum `objective`, and `rises`, how often the coverage of an example
+    rose, divided by n. No n x n matrix is stored. Wei, Iyer and Bilmes 2015; the greedy is that of Nemhauser, Wolsey
+    and Fisher 1978."""
     if metric not in ("cosine", "dot"): raise ValueError(f"`metric` must be 'cosine' or 'dot', got {metric!r}")
     n, unit = len(embeddings), 1.0
     if metric == "dot": unit = float(np.einsum("ij,ij->i", embeddings, embeddings, dtype=np.float64).max())
     with _workers() as apply: index, gains, gain, moved = _greedy(embeddings, k, metric, apply)
     score = unit * np.maximum(gain, 0); score[index] = unit * gains
-    info = {"gains": unit * gains, "objective": float(unit * gains.sum()), "passes": moved / n}
+    info = {"gains": unit * gains, "objective": float(unit * gains.sum()), "rises": moved / n}
     return Selection(index, n=n, score=score, info=info)
 
 # %% ../../nbs/data/coverage.ipynb #4360b666
@@ -161,7 +202,7 @@ def herding(embeddings, k, *, normalize=True) -> Selection:
     if normalize: x = _unit(x)
     mean, half = x.mean(axis=0), np.einsum("ij,ij->i", x, x) / 2
     w, index, error = mean.copy(), np.empty(k, np.int64), np.empty(k)
-    for t in range(k):
+    for t in progress(range(k)):
         v = index[t] = _first_max(x @ w - half, tol=1e-12)
         w += mean - x[v]
         half[v], error[t] = np.inf, np.linalg.norm(w - mean) / (t + 1)
