@@ -7,7 +7,7 @@ RUN    := $(VENV)/.run
 TEST   := $(VENV)/.test
 MINE   := $(wildcard nbs/reports/*.ipynb)
 TESTS  := SELECTBENCH_SIZE=small SELECTBENCH_CACHE=$(CURDIR)/build/cache
-SUM    := find nbs figures -type f -not -path '*/.ipynb_checkpoints/*' -exec cksum {} + | sort | cksum
+SUM    := find nbs figures -type f -not -path '*/.ipynb_checkpoints/*' -exec cksum {} + 2>/dev/null | sort | cksum
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
