@@ -37,7 +37,8 @@ def _table(name, **meaning):
 def digits() -> Pool:
     """1,797 handwritten digits: `features` f32[n, 64] (8 x 8 ink, 0 to 16), `y` int64[n], ten classes.
 
-    The test part of Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998, as scikit-learn bundles it."""
+    The test part of Optical Recognition of Handwritten Digits, Alpaydin and Kaynak 1998, as scikit-learn bundles
+    it."""
     return _table("digits", features="8 x 8 image, row by row, ink from 0 to 16", y="the digit")
 
 

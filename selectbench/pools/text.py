@@ -127,12 +127,13 @@ def wikitext2(split: str = "valid") -> Pool:
 
 # %% ../../nbs/pools/text.ipynb #91d5115b
 def tinyshakespeare() -> Pool:
-    """Speeches from Shakespeare's plays: `texts` (speaker and words, as in the file), `groups` int64[n] (the speaker).
+    """Speeches from Shakespeare's plays: `texts` (speaker and words, as in the file), `groups` int64[n] (the
+    speaker).
 
     `"\\n\\n".join(pool.texts)` gives the file back. Source: karpathy/char-rnn; public domain text. Karpathy 2015."""
     names = ["tinyshakespeare/input.txt"]
     texts = fetch(names[0]).read_text(encoding="utf-8").removesuffix("\n").split("\n\n")
-    groups, speakers = _codes([t.split("\n")[0].rstrip(":").strip() for t in texts])
+    groups, speakers = _codes([t.strip().split("\n")[0].rstrip(":") for t in texts])
     columns = {"texts": texts, "groups": groups, "group_names": speakers}
     return Pool("tinyshakespeare", version_of(names), columns, len(texts), about(
         names, "Karpathy (2015), The Unreasonable Effectiveness of Recurrent Neural Networks; text by W. Shakespeare",
@@ -165,11 +166,11 @@ def gsm8k(split: str = "train") -> Pool:
 
 # %% ../../nbs/pools/text.ipynb #cf8f46ff
 def gsm8k_solutions() -> Pool:
-    """The 1,319 test questions with one solution each of four models: `responses` f32[n, 4] (1 where the authors judged
-    it right), `solutions` (n lists of 4), `models`, `questions`, `final` f64[n].
+    """The 1,319 test questions with one solution each of four models: `responses` f32[n, 4] (1 where the authors
+    judged it right), `solutions` (n lists of 4), `models`, `questions`, `final` f64[n].
 
-    6B and 175B models, fine-tuned or with a verifier. The authors note calculator errors in about 1 % of the samples.
-    Source: openai/grade-school-math, MIT. Cobbe et al. 2021, arXiv:2110.14168."""
+    6B and 175B models, fine-tuned or with a verifier. The authors note calculator errors in about 1 % of the
+    samples. Source: openai/grade-school-math, MIT. Cobbe et al. 2021, arXiv:2110.14168."""
     names = ["gsm8k/example_model_solutions.jsonl"]
     rows, models = _lines(names[0]), ["6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"]
     columns = {"texts": [r["question"] for r in rows], "final": np.array([_number(r["ground_truth"]) for r in rows]),
@@ -189,8 +190,8 @@ def llm_adapters(task: str, split: str = "test") -> Pool:
     """Questions of one task: `texts` (the instruction), `answers` (str), `outputs` (the answer worked out).
 
     `task`: a key of LLM_ADAPTERS, which also says which splits there are. Tasks with options: `y` int64[n],
-    `class_names`. Arithmetic (AddSub, MultiArith, SVAMP): `final` f64[n]. Source: AGI-Edgerunners/LLM-Adapters, ODC-By.
-    Hu et al. 2023, LLM-Adapters, arXiv:2304.01933."""
+    `class_names`. Arithmetic (AddSub, MultiArith, SVAMP): `final` f64[n]. Source: AGI-Edgerunners/LLM-Adapters,
+    ODC-By. Hu et al. 2023, LLM-Adapters, arXiv:2304.01933."""
     one_of("task", task, list(LLM_ADAPTERS)); one_of("split", split, LLM_ADAPTERS[task].split())
     names = [f"llm_adapters/{task}/{split}.json"]
     rows = json.loads(fetch(names[0]).read_text(encoding="utf-8"))
@@ -238,9 +239,9 @@ def _records(file, marks):
 
 # %% ../../nbs/pools/text.ipynb #a9fa5064
 def cranfield() -> Pool:
-    """1,400 abstracts in aerodynamics: `texts` (body), `titles`, `authors`, `bibliography`; `queries` (225 strings),
-    `query_numbers` int64[225] (as printed; not used by the judgements), `qrels`: DataFrame with `query` and `document`
-    (positions from 0), `grade` (as published) and `relevant` (False where the grade is -1).
+    """1,400 abstracts in aerodynamics: `texts` (body), `titles`, `authors`, `bibliography`; `queries` (225
+    strings), `query_numbers` int64[225] (as printed; not used by the judgements), `qrels`: DataFrame with `query`
+    and `document` (positions from 0), `grade` (as published) and `relevant` (False where the grade is -1).
 
     Source: Chetan-Prasad/IR-Lucene_Cran, a public test collection. Cleverdon 1967, The Cranfield tests on index
     language devices, Aslib Proceedings 19(6)."""
@@ -289,11 +290,11 @@ def _compiles(text):
 # %% ../../nbs/pools/text.ipynb #001d7efe
 def codet() -> Pool:
     """164 programming problems: `texts` (the prompt: signature and documentation), `task_ids`, `entry_points`,
-    `solutions` (the reference body), `checks` (source of the reference tests), `samples` (n lists of 100 completions by
-    CodeGen-16B), `asserts` (n lists of 100 lists of at most 5 generated asserts).
+    `solutions` (the reference body), `checks` (source of the reference tests), `samples` (n lists of 100
+    completions by CodeGen-16B), `asserts` (n lists of 100 lists of at most 5 generated asserts).
 
-    Running samples against asserts gives the signal `passes`; that executes foreign code and is not done here. Source:
-    microsoft/CodeT, MIT. Chen, B. et al. 2022, CodeT, arXiv:2207.10397; problems: Chen, M. et al. 2021,
+    Running samples against asserts gives the signal `passes`; that executes foreign code and is not done here.
+    Source: microsoft/CodeT, MIT. Chen, B. et al. 2022, CodeT, arXiv:2207.10397; problems: Chen, M. et al. 2021,
     arXiv:2107.03374."""
     names = [f"codet/humaneval_{f}.jsonl" for f in ("problems", "codegen16b_solutions", "codegen16b_tests")]
     problems, samples, tests = map(_lines, names)
