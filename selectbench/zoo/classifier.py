@@ -25,9 +25,9 @@ def best_device(device=None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../../nbs/zoo/classifier.ipynb #c694e0c1
-def _initial(sizes, seed):
+def _initial(sizes, generator):
     "Fresh weights of an MLP with layer `sizes`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as torch.nn.Linear draws them."
-    generator, weights = torch.Generator().manual_seed(seed), {}
+    weights = {}
     for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         for name, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,))):
             weights[f"{2 * i}.{name}"] = (2 * torch.rand(shape, generator=generator) - 1) / fan_in**0.5
@@ -66,7 +66,7 @@ def _project(gradients, size, seed):
     return out / size**0.5
 
 # %% ../../nbs/zoo/classifier.ipynb #5c94307e
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Classifier:
     "A trained MLP. All answers are float32 numpy arrays, one row per row of `features`."
     weights: dict # name -> f32 tensor on the cpu
@@ -75,6 +75,9 @@ class Classifier:
     curve: np.ndarray # f32[epochs], mean training loss of each epoch
 
     def __post_init__(self): object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
+
+    def __repr__(self):
+        return f"Classifier({len(self.mean)} features, {self.n_classes} classes, {len(self.curve)} epochs)"
 
     @property
     def n_classes(self): return len(list(self.weights.values())[-1])
@@ -179,13 +182,14 @@ def train_classifier(
     x, w, mean, scale = _prepare(features, sample_weight)
     n_classes = int(np.max(y)) + 1 if n_classes is None else n_classes
     labels, device = _labels(y, len(x), n_classes), best_device(device)
-    weights = _initial((x.shape[1], *hidden, n_classes), seed)
+    generator = torch.Generator().manual_seed(seed)
+    weights = _initial((x.shape[1], *hidden, n_classes), generator)
     weights = {k: v.to(device).requires_grad_() for k, v in weights.items()}
     step = _optimizer(optimizer, list(weights.values()), lr, weight_decay)
     x, labels, w = (t.to(device) for t in (torch.from_numpy((x - mean) / scale), labels, torch.from_numpy(w)))
-    order, curve = torch.Generator().manual_seed(seed + 1), []
+    curve = []
     for _ in range(epochs):
-        rows = torch.randperm(len(x), generator=order).to(device)
+        rows = torch.randperm(len(x), generator=generator).to(device)
         total = torch.zeros((), device=device)
         for batch in rows.split(batch_size or len(x)):
             losses = F.cross_entropy(_forward(weights, x[batch])[0], labels[batch], reduction="none")
