@@ -7,6 +7,7 @@ __all__ = ['MAPPED', 'Unstorable', 'Refused', 'Writer', 'read_value']
 
 # %% ../../nbs/core/codec.ipynb #05b7a432
 import base64
+import enum
 import importlib
 import json
 import math
@@ -36,11 +37,12 @@ class Writer:
 
     def tree(self, x):
         "The JSON form of `x`; Unstorable for what only pickle could hold."
-        if x is None or isinstance(x, bool | str): return x
-        if isinstance(x, np.generic): return {"$scalar": [x.dtype.str, self.tree(x.item())]}
-        if isinstance(x, int): return x
-        if isinstance(x, float): return x if math.isfinite(x) else {"$float": repr(x)}
-        if isinstance(x, bytes): return {"$bytes": base64.b64encode(x).decode()}
+        if x is None or type(x) in (bool, str, int): return x
+        if type(x) is float: return x if math.isfinite(x) else {"$float": repr(x)}
+        if type(x) is bytes: return {"$bytes": base64.b64encode(x).decode()}
+        if type(x) is complex: return {"$complex": [self.tree(x.real), self.tree(x.imag)]}
+        if isinstance(x, np.generic) and type(x.item()) is not type(x):
+            return {"$scalar": [x.dtype.str, self.tree(x.item())]}
         if type(x) is list: return [self.tree(y) for y in x]
         if type(x) is tuple: return {"$tuple": [self.tree(y) for y in x]}
         if isinstance(x, dict): return {"$dict": [[self.tree(k), self.tree(v)] for k, v in x.items()]}
@@ -54,10 +56,12 @@ class Writer:
             self.tensors[f"t{len(self.tensors)}"] = x.detach().cpu().contiguous().clone()
             return {"$tensor": f"t{len(self.tensors) - 1}"}
         if root == "pandas" and hasattr(x, "to_frame") or hasattr(x, "to_parquet"): return self.table(x)
-        if hasattr(x, "to_state") and hasattr(type(x), "from_state"):
-            owner = exporting_module(type(x))
-            if owner.split(".")[0] == "selectbench":
-                return {"$object": f"{owner}:{type(x).__qualname__}", "state": self.tree(x.to_state())}
+        owner = exporting_module(type(x))
+        if owner.split(".")[0] == "selectbench":
+            name = f"{owner}:{type(x).__qualname__}"
+            if isinstance(x, enum.Enum): return {"$enum": name, "member": x.name}
+            if hasattr(x, "to_state") and hasattr(type(x), "from_state"):
+                return {"$object": name, "state": self.tree(x.to_state())}
         raise Unstorable(f"a {type(x).__module__}.{type(x).__qualname__} cannot be stored without pickle")
 
 # %% ../../nbs/core/codec.ipynb #ebdb995b
@@ -77,7 +81,8 @@ def _write_table(self, x):
     labels = [self.tree(c) for c in frame.columns]
     try: frame.set_axis([str(i) for i in range(len(labels))], axis=1).to_parquet(self.folder / name)
     except Exception as e: raise Unstorable(f"a table cannot be stored as parquet: {e}") from e
-    return {"$table": name, "columns": labels, "series": [self.tree(x.name)] if x.ndim == 1 else None}
+    return {"$table": name, "columns": labels, "names": [self.tree(n) for n in frame.columns.names],
+            "series": [self.tree(x.name)] if x.ndim == 1 else None}
 
 
 def _write(self, value):
@@ -108,25 +113,45 @@ def _read_array(folder, name):
     except ValueError as e:
         if "object" not in str(e).lower() and "pickle" not in str(e).lower(): raise
         raise Refused(f"{name} holds pickled objects") from e
-    x.flags.writeable = False
-    return x
+    return x if isinstance(x, np.memmap) else _on_bytes(x)
+
+
+def _on_bytes(x):
+    "The array over immutable bytes: one that no flag makes writable, so that its key stays true."
+    order = "C" if x.flags.c_contiguous else "F"
+    return np.ndarray(x.shape, x.dtype, buffer=x.tobytes(order=order), order=order)
 
 # %% ../../nbs/core/codec.ipynb #33e4e65a
 def _read_table(folder, t, read):
     "A DataFrame, or a Series."
     import pandas as pd
     frame = pd.read_parquet(_payload(folder, t["$table"], ".parquet"))
-    frame.columns = pd.Index([read(c) for c in t["columns"]], dtype=None if t["columns"] else object)
+    labels = pd.Index([read(c) for c in t["columns"]], dtype=None if t["columns"] else object)
+    frame.columns = labels.set_names([read(n) for n in t["names"]]) if "names" in t else labels
     return frame if t["series"] is None else frame.iloc[:, 0].rename(read(t["series"][0]))
+
+
+def _own_class(label):
+    "The class of this package that `module:name` says; Refused for anything else."
+    module, _, name = label.partition(":")
+    if module.split(".")[0] != "selectbench": raise Refused(f"{label} is not of this package")
+    cls = getattr(importlib.import_module(module), name, None)
+    if not isinstance(cls, type) or cls.__module__ != module: raise Refused(f"{label} is no class of this package")
+    return cls
 
 
 def _read_object(t, read):
     "An object of this package; Refused for any other class."
-    module, _, name = t["$object"].partition(":")
-    if module.split(".")[0] != "selectbench": raise Refused(f"{t['$object']} is not of this package")
-    cls = getattr(importlib.import_module(module), name, None)
-    if not isinstance(cls, type) or not hasattr(cls, "from_state"): raise Refused(f"{t['$object']} cannot be rebuilt")
+    cls = _own_class(t["$object"])
+    if not hasattr(cls, "from_state"): raise Refused(f"{t['$object']} cannot be rebuilt")
     return cls.from_state(read(t["state"]))
+
+
+def _read_enum(t):
+    "A member of an enumeration of this package; Refused for anything else."
+    cls = _own_class(t["$enum"])
+    if not issubclass(cls, enum.Enum): raise Refused(f"{t['$enum']} is no enumeration")
+    return cls[t["member"]]
 
 # %% ../../nbs/core/codec.ipynb #5bbc524f
 def read_value(folder):
@@ -145,6 +170,7 @@ def read_value(folder):
         "$strings": lambda t: np.array(t["$strings"], dtype=object).reshape(t["shape"]),
         "$array": lambda t: _read_array(folder, t["$array"]), "$tensor": lambda t: tensor(t["$tensor"]),
         "$table": lambda t: _read_table(folder, t, read), "$object": lambda t: _read_object(t, read),
+        "$enum": _read_enum, "$complex": lambda t: complex(*map(read, t["$complex"])),
     }
 
     def read(t):
