@@ -656,6 +656,13 @@ def test_exported_entries_hit_in_an_empty_folder(archive, tmp_path, monkeypatch)
     assert not list((tmp_path / "new" / ".tmp").iterdir())
 
 
+def test_damaged_entry_is_not_exported(tmp_path):
+    for n in (3, 4): cache_child.table(n)
+    flip(cache_child.table.lazy(4).folder / "a0.npy")
+    with pytest.warns(CacheWarning, match=r"table\(n=4\) is not exported"): rows = export_cache(tmp_path / "a.tar")
+    assert [r["call"] for r in rows] == ["cache_child.table(n=3)"] and not list(tmp_path.glob("*.part"))
+
+
 def rewritten(archive, edit):
     "The archive with edit(member, bytes) -> (member, bytes) applied."
     out = archive.with_name("b.tar")
@@ -684,11 +691,13 @@ def _link(m, raw):
 def _elsewhere(m, raw): m.name = m.name.replace("cache_child.table", "cache_child.other"); return m, raw
 
 
-@pytest.mark.parametrize("edit", [_tamper, _escape, _absolute, _link, _elsewhere], ids=lambda f: f.__name__[1:])
-def test_import_refuses_a_tampered_archive(edit, archive, tmp_path, monkeypatch):
+@pytest.mark.parametrize("edit, says", [
+    (_tamper, "a0.npy is damaged"), (_escape, "not a file"), (_absolute, "not a file"), (_link, "not a file"),
+    (_elsewhere, "says that it is")], ids=lambda x: x.__name__[1:] if callable(x) else "")
+def test_import_refuses_a_tampered_archive(edit, says, archive, tmp_path, monkeypatch):
     bad = rewritten(archive, edit)
     monkeypatch.setenv("SELECTBENCH_CACHE", str(tmp_path / "new"))
-    with pytest.raises(CacheError): import_cache(bad)
+    with pytest.raises(CacheError, match=says): import_cache(bad)
     assert cache_entries() == [] and not list((tmp_path / "new" / ".tmp").iterdir())
 
 
@@ -766,19 +775,33 @@ def test_gc_reclaims_unreadable_entries_stale_beginnings_and_locks_and_nothing_e
     assert right(quiet(call)[0], 5)
 
 
-def test_swept_lock_does_not_let_two_writers_in(folder):
-    "Who waits on a lock file that is removed meanwhile must take the new one."
-    key, inside, most = "0" * 32, [], []
+def test_swept_lock_does_not_let_two_writers_in(monkeypatch):
+    "Whose lock file is removed between opening and locking holds nothing, and must take the new one."
+    real, taken = cache.FileLock.acquire, []
+
+    def acquire(self, *args, **kwargs):
+        got = real(self, *args, **kwargs)
+        taken.append(1)
+        if len(taken) == 1: os.unlink(self.lock_file)
+        return got
+    monkeypatch.setattr(cache.FileLock, "acquire", acquire)
+    with cache._locked("0" * 32) as path:
+        assert path.exists() and len(taken) == 2
+        with pytest.raises(cache.Timeout), cache._locked("0" * 32, timeout=0): pass
+
+
+def test_locks_exclude_each_other_while_they_are_swept(folder):
+    inside, most = [], []
 
     def work():
         for _ in range(40):
-            with cache._locked(key):
+            with cache._locked("0" * 32):
                 inside.append(1); most.append(len(inside)); time.sleep(.0005); inside.pop()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for t in threads: t.start()
     while any(t.is_alive() for t in threads): cache._sweep()
-    assert max(most) == 1
+    assert max(most) == 1 and len(most) == 160
 
 # ---------------------------------------------------------------------------------------------- formats
 

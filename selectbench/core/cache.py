@@ -385,17 +385,24 @@ def _sweep():
     root = cache_folder()
     for temp in root.glob(".tmp/*"):
         _free(temp.name.split("-")[0], lambda temp=temp: shutil.rmtree(temp, ignore_errors=True))
-    for lock in root.glob(".locks/*.lock"): _free(lock.stem, lambda lock=lock: lock.unlink(missing_ok=True))
+    with contextlib.suppress(OSError):  # some systems keep a file that is open
+        for lock in root.glob(".locks/*.lock"): _free(lock.stem, lambda lock=lock: lock.unlink(missing_ok=True))
 
 # %% ../../nbs/core/cache.ipynb #f5df9356
 def export_cache(path, pattern=""):
-    "Write the entries whose name contains `pattern` to the tar archive `path`; returns their rows."
-    rows = [r for r in cache_entries() if pattern in r["name"]]
-    with tarfile.open(path, "w") as tar:
-        for r in rows:
-            meta = verified(r["folder"])
-            for name in ("meta.json", *meta["payloads"]):
-                tar.add(r["folder"] / name, arcname=f"{r['folder'].parent.name}/{r['folder'].name}/{name}")
+    """Write the entries whose name contains `pattern` to the tar archive `path`, whole or not at all; returns their
+    rows. A damaged entry is left out with a warning."""
+    rows, part = [], Path(f"{path}.part")
+    with tarfile.open(part, "w") as tar:
+        for r in [r for r in cache_entries() if pattern in r["name"]]:
+            folder = r["folder"]
+            try: names = ("meta.json", *verified(folder)["payloads"])
+            except Exception as e:
+                warnings.warn(f"{r['call']} is not exported: {e}", CacheWarning, stacklevel=2)
+                continue
+            for name in names: tar.add(folder / name, arcname=f"{folder.parent.name}/{folder.name}/{name}")
+            rows.append(r)
+    os.replace(part, path)
     return rows
 
 # %% ../../nbs/core/cache.ipynb #ebce03dc
