@@ -281,7 +281,7 @@ LAB = {
         def wrapped(x): return x
         def outer(x): return inner(x)
     """,
-    "deeper": "def inner(x): return x + 1\n",
+    "deeper": "import functools\n@functools.lru_cache(1)\ndef inner(x): return x + 1\n",
     "within": "def lazily(x): return x\n",
     "shelf": "LEVEL = 1\ndef thing(x): return x\n",
 }
@@ -316,6 +316,7 @@ MISSES = {
     "helper_reached_as_an_attribute": ("shelf", "return x", "return -x"),
     "wrapper_of_a_helper": ("other", "2 * fn(x)", "3 * fn(x)"),
     "decorator_of_a_helper": ("other", "@twice\n", ""),
+    "decorator_from_a_library": ("deeper", "lru_cache(1)", "lru_cache(2)"),
     "upper_case_constant": ("lab", "FACTOR = 3", "FACTOR = 4"),
     "lower_case_constant": ("lab", "scale = 2.0", "scale = 2.5"),
     "small_array": ("lab", "[1., 2.]", "[1., 3.]"),
@@ -324,6 +325,7 @@ MISSES = {
     "closure": ("lab", "make(5)", "make(6)"),
     "base_class": ("lab", "def deep(self): return 1", "def deep(self): return 2"),
     "class_attribute": ("lab", "rate = 1", "rate = 2"),
+    "version": ("lab", "@cached\ndef f", "@cached(version=2)\ndef f"),
     "version_of_a_cached_helper": ("lab", "@cached\ndef below", "@cached(version=2)\ndef below"),
     "string": ("lab", 'TABLE["a"]', "TABLE['a' 'b']"),
 }

@@ -147,7 +147,18 @@ def _edited(tokens, edits):
         ended = edit[3]
 
 # %% ../../nbs/core/digest.ipynb #a231df60
-@functools.cache
+def _once(fn):
+    "Keep what `fn` says of each code object: of itself, since equal ones may stand under other decorators."
+    kept = {}
+
+    @functools.wraps(fn)
+    def run(code, *args):
+        if (id(code), args) not in kept: kept[id(code), args] = code, fn(code, *args)  # holding it keeps its id its own
+        return kept[id(code), args][1]
+    return run
+
+
+@_once
 def _parsed(code):
     "(source, syntax tree) of a code object; no tree for a lambda inside an expression. TypeError without source."
     try: source = textwrap.dedent(inspect.getsource(code))
@@ -156,7 +167,7 @@ def _parsed(code):
     except SyntaxError: return source, None
 
 
-@functools.cache
+@_once
 def code_text(code, package=""):
     """Tokens of a code object's source without comments, docstrings and silent decorators; `package` is where its
     relative imports start. TypeError without source."""
