@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -34,6 +34,7 @@ def naive(x, k):
 
 @settings(max_examples=150, deadline=None)
 @given(GRID)
+@example(np.array([[-1, -1], [0, -1], [2, -2], [0, 2], [2, 2], [2, 2]], np.float32))
 def test_facility_location_is_greedy_on_pools_full_of_ties(x):
     "Grid points: duplicates, opposite directions, zero vectors and exact ties, ordered to the end."
     assert facility_location(x, len(x)).index.tolist() == naive(x, len(x))

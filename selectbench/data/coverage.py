@@ -34,7 +34,8 @@ def _unit(x, metric="cosine"):
 # %% ../../nbs/data/coverage.ipynb #32067903
 def _best(gain, slack, exact):
     "The candidate of largest gain; those that `slack` leaves in doubt are first replaced by `exact(candidates)`."
-    near = np.flatnonzero(gain + slack >= (gain - slack).max())
+    top = (gain - slack).max()
+    near = np.flatnonzero(gain + slack >= top - 1e-9 * max(abs(top), 1))   # a tie may hide behind rounding
     doubt = near[slack[near] > 0]
     if near.size > 1 and doubt.size: gain[doubt], slack[doubt] = exact(doubt), 0
     return int(near[_first_max(gain[near])])
