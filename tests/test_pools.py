@@ -36,11 +36,12 @@ label = lambda case: "-".join([case[0], *map(str, case[1].values())])
 
 @pytest.fixture
 def alone(monkeypatch, tmp_path):
-    "No local folder, an empty cache folder, nothing checked yet."
+    "No local folder, empty cache folders, nothing checked yet."
     monkeypatch.delenv("SELECTBENCH_DATA", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(source, "download_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(source, "_checked", {})
+    monkeypatch.setenv("SELECTBENCH_CACHE", str(tmp_path / "results"))
     return tmp_path
 
 
@@ -142,7 +143,22 @@ def test_docstrings_are_distinct_ordered_and_versioned(alone):
     assert (np.diff(pool.groups) >= 0).all() and set(pool.groups.tolist()) == {0, 1} and len(pool.names) == len(pool)
     assert f"numpy{np.__version__}" in pool.version and f"pandas{pd.__version__}" in pool.version
     assert pool.version != load("docstrings", packages=("numpy",)).version
+    turned = load("docstrings", packages=("pandas", "numpy"))
+    assert turned.group_names == ["pandas", "numpy"] and turned.version != pool.version
+    assert set(turned.texts) == set(pool.texts)
     with pytest.raises(ValueError, match="packages"): load("docstrings", packages=("numpi",))
+
+
+def test_docstrings_come_from_the_cache_and_without_one_from_the_files(alone, monkeypatch):
+    from selectbench.pools import text
+    text._docstrings.cache_clear()
+    first = load("docstrings", packages=("numpy",))
+    frame, fetched = text.stack_docstrings.lazy((("numpy", np.__version__),), 100).fetch()
+    assert fetched.hit and frame.texts.tolist() == first.texts
+    monkeypatch.setenv("SELECTBENCH_CACHE", str(alone / "empty"))
+    monkeypatch.setenv("SELECTBENCH_CACHE_MODE", "readonly")
+    text._docstrings.cache_clear()
+    assert load("docstrings", packages=("numpy",)).texts == first.texts
 
 
 @needs_data

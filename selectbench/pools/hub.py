@@ -18,12 +18,19 @@ def _typed(values):
     "A column in the form a pool keeps: int64 or bool or float32 array where it is numeric and complete, else a list."
     values = list(values)
     kinds = {type(v) for v in values}
-    if kinds and kinds <= {bool, int, float, np.bool_, np.int64, np.float32, np.float64}: array = np.array(values)
-    elif kinds and kinds <= {list, tuple, np.ndarray} and len({np.shape(v) for v in values}) == 1:
-        array = np.array(values)
-    else: return values
+    numbers = kinds <= {bool, int, float, np.bool_, np.int64, np.float32, np.float64}
+    vectors = kinds <= {list, tuple, np.ndarray} and not any(_ragged(v) for v in values)
+    if not kinds or not (numbers or vectors) or len({np.shape(v) for v in values}) > 1: return values
+    array = np.array(values)
     to = {"b": np.bool_, "i": np.int64, "u": np.int64, "f": np.float32}.get(array.dtype.kind)
     return array.astype(to) if to else values
+
+
+def _ragged(value):
+    "True for a nested list whose rows differ in length."
+    try: np.shape(value)
+    except ValueError: return True
+    return False
 
 # %% ../../nbs/pools/hub.ipynb #330448cd
 def _columns(data, rename):

@@ -61,7 +61,8 @@ def coda_digits() -> Pool:
 _LOVM = {"IN-score": "mean per-class recall of the model on ImageNet",
          "text-f1": "F1 of classifying generated captions", "text-acc1": "accuracy of classifying generated captions",
          "intraclass_sim": "similarity of captions to their class", "inter_close": "closeness of a class to others",
-         "intra_close": "closeness of captions within a class", "superclass_metric": "similarity of a class name to its synonyms"}
+         "intra_close": "closeness of captions within a class",
+         "superclass_metric": "similarity of a class name to its synonyms"}
 
 # %% ../../nbs/pools/published.ipynb #726ddd96
 def lovm() -> Pool:
@@ -108,7 +109,8 @@ def rectified_scaling_law(dataset: str = "flan") -> Pool:
 
 # %% ../../nbs/pools/published.ipynb #626ed104
 _SPELLING = [("   ", "-"), ("  ", "-"), (" ", "-"), ("(", ""), (")", ""), ("β", "beta"),
-             ("command-r+", "command-r-plus"), ("dbrx-inst", "dbrx-instruct"), ("-hf", ""), ("-", "_"), ("llama_3", "llama3"), ("ul2", "flan-ul2")]
+             ("command-r+", "command-r-plus"), ("dbrx-inst", "dbrx-instruct"), ("-hf", ""), ("-", "_"),
+             ("llama_3", "llama3"), ("ul2", "flan-ul2")]
 _AFTER = [("meta_", ""), (".", "_"), ("v01", "v0_1"), ("v02", "v0_2"), ("v03", "v0_3")]
 
 
