@@ -200,7 +200,7 @@ class Methods:
 
     def cards(self):
         "One dict per method, without importing any of them."
-        live = {n: asdict(m.card) for n, m in _REGISTERED.items()}
+        live = {n: json.loads(json.dumps(asdict(m.card))) for n, m in _REGISTERED.items()}  # lists, as in the index
         return [{**_index()["methods"].get(n, {}), **live.get(n, {})} for n in self.names()]
 
     def __call__(self, **where):
