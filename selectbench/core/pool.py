@@ -9,12 +9,13 @@ __all__ = ['MissingColumn', 'content_version', 'Pool']
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from html import escape
 from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
+
+from .registry import nearest
 
 # %% ../../nbs/core/pool.ipynb #bfb9411f
 def _column(name, value):
@@ -32,9 +33,8 @@ class MissingColumn(ValueError, AttributeError):
 
 
 def _missing(pool, name):
-    near = get_close_matches(name, pool.columns, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return MissingColumn(f"pool '{pool.name}' has no column '{name}'{hint} It has: {', '.join(pool.columns)}")
+    return MissingColumn(f"pool {pool.name!r} has no column {name!r}{nearest(name, pool.columns)} "
+                         f"It has: {', '.join(pool.columns)}")
 
 # %% ../../nbs/core/pool.ipynb #71437adc
 def content_version(columns: Mapping) -> str:

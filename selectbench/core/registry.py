@@ -198,6 +198,10 @@ class Methods:
 
     def __contains__(self, name): return name in self.names()
 
+    def published(self):
+        "One dict per method of the package, from the static index alone; what this process registered is left out."
+        return list(_index()["methods"].values())
+
     def cards(self):
         "One dict per method, without importing any of them."
         live = {n: json.loads(json.dumps(asdict(m.card))) for n, m in _REGISTERED.items()}  # lists, as in the index

@@ -11,13 +11,14 @@ import functools
 import hashlib
 import importlib
 import os
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
 
 import pandas as pd
 import pooch
+
+from ..core.registry import nearest
 
 # %% ../../nbs/pools/fetch.ipynb #69fab980
 BASE_URL = "https://raw.githubusercontent.com"
@@ -38,8 +39,7 @@ def manifest() -> pd.DataFrame:
 def _row(file):
     "The manifest's row of `file`; ValueError with near names for an unknown one."
     if file not in manifest().index:
-        near = get_close_matches(file, manifest().index, n=3, cutoff=0.4)
-        raise ValueError(f"no file '{file}' in the manifest; near names: {', '.join(near) or 'none'}")
+        raise ValueError(f"no file {file!r} in the manifest{nearest(file, manifest().index)}")
     return manifest().loc[file]
 
 
@@ -137,9 +137,8 @@ def about(names: list, citation: str, **columns: str) -> dict:
 def one_of(name: str, value, allowed) -> None:
     "ValueError naming the argument, with near names, when `value` is not among `allowed`."
     if value in allowed: return
-    near = get_close_matches(str(value), [str(a) for a in allowed], n=2)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(f"`{name}` is {value!r}; {hint}Allowed: {', '.join(map(str, allowed))}")
+    near = nearest(str(value), [str(a) for a in allowed])
+    raise ValueError(f"`{name}` is {value!r}{near} Allowed: {', '.join(map(str, allowed))}")
 
 # %% ../../nbs/pools/fetch.ipynb #0f900c20
 _CATALOGUE = {  # name: (module, kind, what an item is, options)
