@@ -14,7 +14,7 @@ import pandas as pd
 from sklearn.linear_model import LogisticRegression
 
 from ..core.registry import methods
-from ..core.study import Study
+from ..core.study import BASELINES, Study
 from ..core.task import Task
 from ..pools.tables import digits
 from .page import reading, write_page
@@ -24,8 +24,9 @@ from .plots import curves, gains
 def data_study(seeds=5, budgets=(50, 200)):
     "Which digits to train a logistic regression on: every method of `data` that a table can serve."
     task = Task.from_dataset(digits(), LogisticRegression(max_iter=300), "accuracy", name="digits")
-    names = [c["name"] for c in methods.published() if c["family"] == "data" and c["kind"] == "method" and _serves(task, c)]
-    return Study(task, [n for n in names if n not in ("random", "everything")], list(budgets), seeds)
+    cards = [c for c in methods.published() if c["family"] == "data" and c["kind"] == "method"]
+    names = [c["name"] for c in cards if c["name"] not in BASELINES and _serves(task, c)]
+    return Study(task, names, list(budgets), seeds)
 
 
 def _serves(task, card):
