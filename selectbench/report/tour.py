@@ -23,7 +23,8 @@ from .plots import curves, gains
 # %% ../../nbs/report/tour.ipynb #6a69497a
 def data_study(seeds=5, budgets=(50, 200)):
     "Which digits to train a logistic regression on: every method of `data` that a table can serve."
-    task = Task.from_dataset(digits(), LogisticRegression(max_iter=300), "accuracy", name="digits")
+    task = Task.from_dataset(digits(), LogisticRegression(max_iter=300), "accuracy", name="digits",
+                             options={"epochs": 3})  # a proxy that has memorised the pool is equally sure of all of it
     cards = [c for c in methods.published() if c["family"] == "data" and c["kind"] == "method"]
     names = [c["name"] for c in cards if c["name"] not in BASELINES and _serves(task, c)]
     return Study(task, names, list(budgets), seeds)
