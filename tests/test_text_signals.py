@@ -21,9 +21,9 @@ from transformers import AutoModel, AutoTokenizer
 from selectbench.pools.text import stack_docstrings
 from selectbench.signals.text import encode, hashed_vectors
 torch.set_num_threads(int(sys.argv[1]))
-texts = stack_docstrings.__wrapped__((("numpy", "0"),), 100).texts.tolist()[:800]
+texts = stack_docstrings.__wrapped__((("numpy", "0"),), 100).texts.tolist()[:500]
 model, tokenizer = (auto.from_pretrained(sys.argv[2]) for auto in (AutoModel, AutoTokenizer))
-np.savez(sys.argv[3], pool=hashed_vectors(texts, texts), target=hashed_vectors(texts[:700], texts[700:]),
+np.savez(sys.argv[3], pool=hashed_vectors(texts, texts), target=hashed_vectors(texts[:400], texts[400:]),
          encoded=encode(texts[:40], model, tokenizer))
 """
 
@@ -60,13 +60,13 @@ def in_hand(folder):
 
 
 def test_one_and_two_threads_agree(folder, tmp_path):
-    def run(threads):
+    def start(threads):
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         env = {**os.environ, **dict.fromkeys(names, str(threads)), "CUDA_VISIBLE_DEVICES": ""}
-        path = str(tmp_path / f"{threads}.npz")
-        subprocess.run([sys.executable, "-c", PROGRAM, str(threads), str(folder), path], check=True, env=env)
-        return dict(np.load(path))
-    one, two = run(1), run(2)
+        return subprocess.Popen([sys.executable, "-c", PROGRAM, str(threads), str(folder), path(threads)], env=env)
+    path = lambda threads: str(tmp_path / f"{threads}.npz")
+    assert [running.wait() for running in (start(1), start(2))] == [0, 0]
+    one, two = (dict(np.load(path(threads))) for threads in (1, 2))
     for name in one: np.testing.assert_allclose(one[name], two[name], atol=1e-5, rtol=1e-5, err_msg=name)
 
 

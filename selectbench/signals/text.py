@@ -37,7 +37,8 @@ def _space(texts, dim, ngrams, buckets, seed):
     used = np.unique(rows.indices)
     most = min(len(used), rows.shape[0])
     svd = TruncatedSVD(min(dim, most), algorithm="arpack" if dim < most else "randomized", random_state=seed)
-    svd.fit(rows[:, used])  # both are exact here: a randomised one is where it keeps every direction
+    with np.errstate(all="ignore"):  # equal texts have no variance, of which scikit-learn takes shares
+        svd.fit(rows[:, used])  # both are exact here: a randomised one is where it keeps every direction
     kept = svd.singular_values_ > 1e-7 * svd.singular_values_[0]
     return lambda new: svd.transform(weigh.transform(_counts(new, ngrams, buckets))[:, used])[:, kept]
 
