@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from ..core.registry import methods
 from ..core.study import BASELINES, Study
@@ -41,7 +42,7 @@ STUDIES = {"data": data_study}  # family -> its declared study
 def run_study(family, folder, say=print, n_jobs=1):
     "Run one declared study, write its results and figures to `folder`, and return its page section."
     start, study = time.perf_counter(), STUDIES[family]()
-    results = study.run(n_jobs=n_jobs)
+    with threadpool_limits(1): results = study.run(n_jobs=n_jobs)  # problems this small run slower on more threads
     summary = study.summary()
     results.to_parquet(folder / f"{family}.parquet")
     figures = [curves(summary, title=f"{family}: {study.task.name}"), gains(summary)]
