@@ -160,7 +160,7 @@ def seeds_differ(fn):
 def ranking_agrees(fn):
     "A ranking's index is the top of its score."
     if not fn.card.ranking: return None
-    out = _call(fn, _signals(fn), k=9)
+    out = _call(fn, _signals(fn), k=min(9, _pool_size(fn) - 2))
     if out.score is None or not np.isfinite(out.score).all(): return "is declared a ranking without finite scores"
     chosen = out.score[out.index]
     if (np.diff(chosen) > 0).any() or chosen.min() < np.delete(out.score, out.index).max(initial=-np.inf):
@@ -217,7 +217,9 @@ def _spoiled(fn):
                 holed = value.copy(); holed.flat[-1] = bad
                 yield name, {name: holed}, 5
         shared = [s for s in fn.card.signals if s not in (name, "n") and "n" in SIGNALS[s].shape]
-        if "n" in SIGNALS[name].shape and shared: yield f"{name}|{'|'.join(shared)}", {name: value[:-1]}, 5
+        if "n" in SIGNALS[name].shape and shared:
+            short = np.delete(value, -1, axis=SIGNALS[name].shape.index("n"))
+            yield f"{name}|{'|'.join(shared)}", {name: short}, 5
 
 
 def bad_input_refused(fn):

@@ -66,6 +66,18 @@ def _codes(top, *axes):
     return sample
 
 # %% ../../nbs/core/vocabulary.ipynb #15d23d94
+def _sizes(s):
+    "0 and doublings of 200: sizes of training sets, int64[s]."
+    return np.r_[0, 200 * 2 ** np.arange(s - 1)].astype(np.int64)
+
+
+def _loss_curves(rng, z):
+    "float32[m, s] of curves that fall from a plateau by a power law to a floor, with a little noise."
+    size, m = _sizes(z["s"]), z["m"]
+    bend, power, floor = rng.uniform(50, 500, (m, 1)), rng.uniform(.3, .8, (m, 1)), rng.uniform(.5, 2, (m, 1))
+    return (floor + 3 * (1 + size / bend) ** -power + rng.normal(0, .01, (m, len(size)))).astype(np.float32)
+
+# %% ../../nbs/core/vocabulary.ipynb #1c4560e7
 def _table():
     "name -> (shape, dtype, what, sampler): every signal of the design."
     f, i, s = "float32", "int64", "str"
@@ -90,6 +102,14 @@ def _table():
         "soft_predictions": (("n", "m", "c"), f, "class probabilities of m models", _simplex("n", "m", "c")),
         "responses": (("n", "m"), f, "score of model m on item n",
                       lambda rng, z: rng.random((z["n"], z["m"])).astype(f)),
+        "model_features": (("n", "m", "d"), f, "descriptors of model m on data set n", _normal("n", "m", "d")),
+        "model_embeddings": (("m", "n", "d"), f, "features of the items by each model", _normal("m", "n", "d")),
+        "source_probs": (("m", "n", "z"), f, "probabilities of each model's source classes", _simplex("m", "n", "z")),
+        "forecasts": (("n", "m"), f, "real-valued predictions of m models", _normal("n", "m")),
+        "outcomes": (("n",), f, "real-valued outcome", _normal("n")),
+        "costs": (("m",), f, "price of one call of each model", lambda rng, z: rng.gamma(2, size=z["m"]).astype(f)),
+        "sizes": (("s",), i, "numbers of training examples, increasing, perhaps from 0", lambda rng, z: _sizes(z["s"])),
+        "loss_curves": (("m", "s"), f, "loss of model m after training on each of `sizes`", _loss_curves),
         "passes": (("n", "t"), "bool", "candidate n passes test t", lambda rng, z: rng.random((z["n"], z["t"])) < .5),
         "oracle": (("n",), "callable", "a label on demand: int -> class",
                    lambda rng, z: Oracle(rng.integers(z["c"], size=z["n"]), z["n"])),
@@ -101,7 +121,7 @@ for _name, (_shape, _dtype, _what, _sample) in _table().items():
     signal(_name, _shape, _dtype, _sample)
 
 # %% ../../nbs/core/vocabulary.ipynb #4b38c9da
-SIZES = {"n": 40, "q": 11, "m": 7, "c": 3, "d": 6, "p": 13, "t": 5}
+SIZES = {"n": 40, "q": 11, "m": 7, "c": 3, "d": 6, "p": 13, "t": 5, "s": 8, "z": 4}
 
 
 def sample_signals(names, seed=0, **sizes):
@@ -159,7 +179,7 @@ def check_signals(values):
             if sizes.setdefault(symbol, size) != size:
                 raise ValueError(f"`{name}` has {size} along {symbol}, but `{owner[symbol]}` has {sizes[symbol]}")
             owner.setdefault(symbol, name)
-        if name in ("probs", "soft_predictions"): _probabilities(name, value)
+        if name in ("probs", "soft_predictions", "source_probs"): _probabilities(name, value)
         if name == "n": value = int(value); sizes.setdefault("n", value)
         checked[name] = value
     return checked, sizes
