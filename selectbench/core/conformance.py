@@ -120,7 +120,8 @@ def inputs_unmodified(fn):
 def only_declared_signals(fn):
     "It reads the signals in its signature and asks no task for others."
     names, asked = fn.card.signals, []
-    task = Task("conformance", signals=_signals(fn), evaluate=lambda selection, seed: {}, fingerprint="conformance")
+    given = {s: (lambda v=v: v) if callable(v) else v for s, v in _signals(fn).items()}    # a task makes a fresh oracle
+    task = Task("conformance", signals=given, evaluate=lambda selection, seed: {}, fingerprint="conformance")
     values = {s: task.signal(s) for s in names}
     token = requested.set(asked)
     try: _call(fn, values)
@@ -216,7 +217,8 @@ def _spoiled(fn):
             for bad in (np.nan, np.inf):
                 holed = value.copy(); holed.flat[-1] = bad
                 yield name, {name: holed}, 5
-        shared = [s for s in fn.card.signals if s not in (name, "n") and "n" in SIGNALS[s].shape]
+        others = [s for s in fn.card.signals if s not in (name, "n") and SIGNALS[s].dtype != "callable"]
+        shared = [s for s in others if "n" in SIGNALS[s].shape]
         if "n" in SIGNALS[name].shape and shared:
             short = np.delete(value, -1, axis=SIGNALS[name].shape.index("n"))
             yield f"{name}|{'|'.join(shared)}", {name: short}, 5
