@@ -136,3 +136,21 @@ def test_only_evaluate_sees_the_test_part(task):
 def test_package_source_has_no_stray_study_state():
     "Methods planted above live in this process only."
     assert "fails_in_test_study" not in (Path(__file__).parents[1] / "selectbench" / "index.json").read_text()
+
+
+def test_methods_that_buy_labels_run_in_a_study(tmp_path, monkeypatch):
+    "A fresh oracle for every cell, on the meter, keyed by the task: another label is another cell, n_jobs no matter."
+    from selectbench.model.active import labelling_task
+    monkeypatch.setenv("SELECTBENCH_CACHE", str(tmp_path))
+    rng = np.random.default_rng(0)
+    y = rng.integers(3, size=60)
+    predictions = np.where(rng.random((60, 5)) < np.linspace(.4, .9, 5), y[:, None], rng.integers(3, size=(60, 5)))
+    study = lambda y: Study(labelling_task(predictions, y, size=40), ["random_labelling", "committee_entropy"], [3, 9], 2)
+    first, again = study(y), study(y)
+    rows = first.run()
+    assert not len(first.errors()) and not rows["cached"].any()
+    bought = rows[rows["method"] == "committee_entropy"]
+    assert (bought["labels"] == bought["budget"]).all()
+    assert again.run()["cached"].all() and again.run(n_jobs=2)["value"].tolist() == rows["value"].tolist()
+    other = study((y + 1) % 3)
+    assert not other.run()["cached"].any()

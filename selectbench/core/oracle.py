@@ -22,9 +22,12 @@ class Oracle:
     """A metered label on demand: `oracle(i)` is the class of pool item `i`.
 
     `label` is a callable or anything that can be indexed by position, `n` the pool's size. A repeated question is
-    answered from memory. ValueError for a position outside the pool; `OracleError` when `label` fails."""
-    def __init__(self, label, n):
-        self._ask, self.n, self._known = (label if callable(label) else label.__getitem__), int(n), {}
+    answered from memory. `fingerprint` says to the cache which labels these are; a task sets it. ValueError for a
+    position outside the pool; `OracleError` when `label` fails."""
+    def __init__(self, label, n, fingerprint=None):
+        self._label, self.n, self._known, self.fingerprint = label, int(n), {}, fingerprint
+
+    def _ask(self, i): return self._label(i) if callable(self._label) else self._label[i]
 
     def __call__(self, i) -> int:
         i = int(i)

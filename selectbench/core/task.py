@@ -79,7 +79,7 @@ Task._resolve, Task._measure = _resolve, _measure
 def _lazy_signal(self, name):
     "The signal unevaluated where it can be: what a study hands to a cached cell. ValueError if it cannot be had."
     if requested.get() is not None: requested.get().append(name)
-    if name == "oracle" and callable(self._given.get("oracle")): return self._given["oracle"]()
+    if name == "oracle" and "oracle" in self._given: return self._fresh_oracle()
     found = self._resolve(name)
     if found is None:
         ways = "; ".join(f"{m.__name__} needs {', '.join(needs(m))}" for m in measures(name)) or "no measure gives it"
@@ -96,7 +96,17 @@ def _signal(self, name):
     return self._values[name]
 
 
-Task.lazy_signal, Task.signal = _lazy_signal, _signal
+def _fresh_oracle(self):
+    "An oracle that has sold nothing yet, known to the cache by the task's fingerprint; ValueError if there is none."
+    given = self._given["oracle"]
+    if not callable(given): raise ValueError("the signal `oracle` must be a function that makes a new oracle")
+    made = given()
+    if not isinstance(made, Oracle): made = Oracle(made, self.n)
+    made.fingerprint = f"oracle:{self.fingerprint}"
+    return made
+
+
+Task.lazy_signal, Task.signal, Task._fresh_oracle = _lazy_signal, _signal, _fresh_oracle
 
 # %% ../../nbs/core/task.ipynb #1ece5b8b
 def _evaluate(self, selection, seed=0):
