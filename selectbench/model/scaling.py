@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'fit_rectified', 'rectified_loss', 'fit_vanilla', 'vanilla_loss', 'power_phase', 'accept_then_stop',
-           'zero_shot', 'subset_tuning', 'model_size', 'rectified_law', 'vanilla_law', 'relative_accuracy',
-           'scaling_task']
+           'shrunken_line', 'zero_shot', 'subset_tuning', 'model_size', 'rectified_law', 'vanilla_law',
+           'relative_accuracy', 'scaling_task']
 
 # %% ../../nbs/model/scaling.ipynb #3c9d6ca1
 from functools import partial
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import least_squares
 
 from ..core.cache import digest
 from ..core.registry import method
@@ -20,18 +19,19 @@ from ..core.selection import Selection
 from ..core.task import Task
 
 # %% ../../nbs/model/scaling.ipynb #6a73615d
-def _given(losses, sizes, least=1, target=None):
+def _given(losses, sizes, least=1, target=None, name="loss_curves"):
     "`losses` f64[m, s] and `sizes` f64[s], checked; ValueError naming what is wrong."
     losses, sizes = np.asarray(losses, np.float64), np.asarray(sizes, np.float64)
-    if losses.ndim != 2 or sizes.shape != losses.shape[1:]:
-        raise ValueError(f"`sizes` must have one entry for each column of the losses, {losses.shape}, got {sizes.shape}")
+    if losses.ndim != 2 or not losses.size: raise ValueError(f"`{name}` must have two axes, got {losses.shape}")
+    if sizes.shape != losses.shape[1:]:
+        raise ValueError(f"`sizes` must have one entry per column of `{name}`, {losses.shape[1]}, got {sizes.shape}")
     if not (np.isfinite(losses).all() and (losses > 0).all()):
-        raise ValueError("`loss_curves` must be positive and finite: the laws are fitted to their logarithm")
+        raise ValueError(f"`{name}` must be positive and finite: what is fitted is their logarithm")
     if not (np.isfinite(sizes).all() and (sizes >= 0).all() and (np.diff(sizes) > 0).all()):
         raise ValueError(f"`sizes` must increase and not be negative, got {sizes.tolist()}")
     if (sizes > 0).sum() < least: raise ValueError(f"`sizes` must hold {least} or more above 0, got {sizes.tolist()}")
-    if target is not None and not sizes[-1] <= target < np.inf:
-        raise ValueError(f"`target` must be a size from the largest of `sizes`, {sizes[-1]:g}, on, got {target}")
+    if target is not None and not max(sizes[-1], 1e-10) <= target < np.inf:
+        raise ValueError(f"`target` must not be below the largest of `sizes`, {sizes[-1]:g}, got {target}")
     return losses, sizes
 
 # %% ../../nbs/model/scaling.ipynb #e1be81d7
@@ -54,39 +54,65 @@ def _starts(x, losses, n_starts):
     return np.stack([np.log(pick(b)), knee[best, 0], np.log(beta[best, 0]), np.log(pick(e))], -1)
 
 # %% ../../nbs/model/scaling.ipynb #6c91e0a3
+def _levenberg(residual, theta, x, y, steps=100):
+    """Parameters f64[m, 4] of least squared residual reached from `theta`, and that sum of squares f64[m].
+
+    `residual(theta, x, y)` gives residuals f64[m, s] and their Jacobian f64[m, s, 4]."""
+    damping, (r, jacobian) = np.full(len(theta), 1e-2), residual(theta, x, y)
+    cost, diagonal = (r * r).sum(1), np.arange(theta.shape[1])
+    for _ in range(steps):
+        hessian = np.einsum("msp,msq->mpq", jacobian, jacobian)
+        hessian[:, diagonal, diagonal] *= 1 + damping[:, None]
+        hessian[:, diagonal, diagonal] += 1e-12
+        step = np.linalg.solve(hessian, np.einsum("msp,ms->mp", jacobian, r)[..., None])[..., 0]
+        trial = theta - np.clip(step, -3, 3)
+        r_new, jacobian_new = residual(trial, x, y)
+        cost_new = (r_new * r_new).sum(1)
+        good = cost_new < cost
+        settled = (good & (cost - cost_new <= 1e-10 * cost)) | (damping > 1e10)
+        theta, cost = np.where(good[:, None], trial, theta), np.where(good, cost_new, cost)
+        r, jacobian = np.where(good[:, None], r_new, r), np.where(good[:, None, None], jacobian_new, jacobian)
+        damping = np.where(good, damping / 4, damping * 4)
+        if settled.all(): break
+    return theta, cost
+
+
+def _best_start(residual, starts, x, y):
+    "Of the fits from `starts` f64[m, n, 4], the best for each curve: f64[m, 4] and f64[m]."
+    m, n, p = starts.shape
+    theta, cost = _levenberg(residual, starts.reshape(m * n, p), x, np.repeat(y, n, axis=0))
+    best = np.arange(m) * n + cost.reshape(m, n).argmin(1)
+    return theta[best], cost[best]
+
+# %% ../../nbs/model/scaling.ipynb #68df8b33
+_BOX = np.array([[-60, -60, -6, -60], [60, 60, 2, 60]])   # of log b, log x0, log beta, log E: keeps exp within range
+
+
 def _rectified_residual(theta, x, y):
-    "Predicted minus given log loss f64[s], and its Jacobian f64[s, 4]."
-    b, knee, q, e = np.clip(theta, -60, 60)
+    "Predicted minus given log loss f64[m, s], and its Jacobian; `theta` is log b, log x0, log beta and log E."
+    b, knee, q, e = np.clip(theta, *_BOX).T[:, :, None]
     beta = np.exp(q)
-    z = beta * (x - knee)
-    top, s = np.exp(b - np.logaddexp(0, z)), np.exp(-np.logaddexp(0, -z))            # s = z's logistic function
+    z = np.clip(beta * (x - knee), -500, 500)
+    top, s = np.exp(b - np.logaddexp(0, z)), 1 / (1 + np.exp(-z))
     loss = top + np.exp(e)
     share = top / loss
     return np.log(loss) - y, np.stack([share, share * s * beta, -share * s * z, 1 - share], -1)
 
 
-def _refine(residual, x, y, starts):
-    "The parameters of least squared residual reached from `starts` f64[n, p], and that sum of squares."
-    runs = [least_squares(lambda t: residual(t, x, y)[0], t, lambda t: residual(t, x, y)[1], method="lm",
-                          xtol=1e-10, ftol=1e-10, max_nfev=200) for t in starts]
-    best = min(runs, key=lambda run: run.cost)
-    return np.r_[best.x, 2 * best.cost]
-
-# %% ../../nbs/model/scaling.ipynb #68df8b33
 def fit_rectified(sizes, losses, *, n_starts=2) -> pd.DataFrame:
-    """Fit $L(D) = B / (D_l + D^\\beta) + E$ to every row of `losses` f[m, s], measured at `sizes` [s].
+    """Fit the law B / (D_l + D^beta) + E to every row of `losses` f[m, s], measured at `sizes` [s].
 
     One row per curve: B, D_l, beta, E and `rmsd`, the root mean square error of the log loss. Least squares of the log
-    loss, deterministic. Size 0 is placed at 1e-10 as in the authors' code. ValueError for losses that are not positive, sizes that do not
-    increase, fewer than four sizes. Lin et al. 2024, equation of the rectified law."""
-    losses, sizes = _given(losses, sizes)
+    loss, deterministic. Size 0 is placed at 1e-10 as in the authors' code. ValueError for losses that are not positive,
+    sizes that do not increase, fewer than four sizes. Lin et al. 2024, the rectified law."""
+    losses, sizes = _given(losses, sizes, name="losses")
     if sizes.size < 4: raise ValueError(f"`sizes` must hold 4 or more for a law of 4 parameters, got {sizes.size}")
-    x, y = np.log(np.maximum(sizes, 1e-10)), np.log(losses)
-    rows = [_refine(_rectified_residual, x, *pair) for pair in zip(y, _starts(x, losses, n_starts), strict=True)]
-    b, knee, beta, e, error = np.array(rows).T
-    knee, beta = np.clip(knee, -60, 60), np.exp(beta)
+    x = np.log(np.maximum(sizes, 1e-10))
+    theta, cost = _best_start(_rectified_residual, _starts(x, losses, n_starts), x, np.log(losses))
+    b, knee, beta, e = np.clip(theta, *_BOX).T
+    beta = np.exp(beta)
     return pd.DataFrame({"B": np.exp(b + beta * knee), "D_l": np.exp(beta * knee), "beta": beta, "E": np.exp(e),
-                         "rmsd": np.sqrt(error / x.size)})
+                         "rmsd": np.sqrt(cost / x.size)})
 
 # %% ../../nbs/model/scaling.ipynb #06fbaf20
 def rectified_loss(fit, sizes):
@@ -96,17 +122,18 @@ def rectified_loss(fit, sizes):
 
 # %% ../../nbs/model/scaling.ipynb #f8b9f125
 def _vanilla_residual(theta, x, y):
-    "Predicted minus given log loss f64[s], and its Jacobian f64[s, 4], for log alpha, the knee, log beta and c."
-    a, knee, q, c = theta
+    "Predicted minus given log loss f64[m, s], and its Jacobian; `theta` is log alpha, the knee, log beta and c."
+    a, knee, q, c = theta.T[:, :, None]
     alpha, beta = np.exp(np.clip([a, q], -60, 60))
-    z = -beta * (x - knee)
-    g, s = np.logaddexp(0, z), np.exp(-np.logaddexp(0, -z))
-    return alpha * g + c - y, np.stack([alpha * g, alpha * s * beta, alpha * s * z, np.ones_like(x)], -1)
+    z = np.clip(-beta * (x - knee), -500, 500)
+    g, s = np.logaddexp(0, z), 1 / (1 + np.exp(-z))
+    return alpha * g + c - y, np.stack([alpha * g, alpha * s * beta, alpha * s * z, np.ones_like(z)], -1)
 
 
 def _vanilla_starts(x, y, n_starts):
     "f64[m, n_starts, 4]: the best points of a fixed grid of knees and exponents."
-    beta, knee = (g.ravel()[:, None] for g in np.meshgrid(np.geomspace(.05, 1.6, 8), np.linspace(x.min(), x.max() + 6, 8)))
+    beta, knee = (g.ravel()[:, None] for g in np.meshgrid(np.geomspace(.05, 1.6, 8),
+                                                         np.linspace(x.min(), x.max() + 6, 8)))
     g = np.logaddexp(0, -beta * (x - knee))
     mid, yc = g - g.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
     alpha = np.maximum(yc @ mid.T / (mid * mid).sum(1), 1e-6)
@@ -118,18 +145,19 @@ def _vanilla_starts(x, y, n_starts):
 
 # %% ../../nbs/model/scaling.ipynb #7aca5591
 def fit_vanilla(sizes, losses, *, n_starts=2) -> pd.DataFrame:
-    """Fit $L(D) = (1 / (B D^\\beta) + E)^\\alpha$ to every row of `losses` f[m, s], measured at `sizes` [s], none of them 0.
+    """Fit the law (1 / (B D^beta) + E)^alpha to every row of `losses` f[m, s], measured at `sizes` [s], none of them 0.
 
-    One row per curve: alpha, beta, `knee` (the log size at which both terms are equal, so $B = e^{-\\beta\\,knee}/E$), `floor`
-    ($\\alpha\\log E$, the log loss after infinitely many examples) and `rmsd` of the log loss. ValueError as in `fit_rectified`."""
-    losses, sizes = _given(losses, sizes)
-    if (sizes > 0).sum() < 4 or sizes[0] == 0:
+    One row per curve: alpha, beta, `knee` (the log size at which both terms are equal), `floor` (alpha log E, the log
+    loss after infinitely many examples) and `rmsd` of the log loss. B is exp(-beta knee) / E. ValueError as in
+    `fit_rectified`."""
+    losses, sizes = _given(losses, sizes, name="losses")
+    if sizes.size < 4 or sizes[0] == 0:
         raise ValueError(f"`sizes` must hold 4 or more, all above 0, for a law of 4 parameters, got {sizes.tolist()}")
     x, y = np.log(sizes), np.log(losses)
-    rows = [_refine(_vanilla_residual, x, *pair) for pair in zip(y, _vanilla_starts(x, y, n_starts), strict=True)]
-    a, knee, q, c, error = np.array(rows).T
+    theta, cost = _best_start(_vanilla_residual, _vanilla_starts(x, y, n_starts), x, y)
+    a, knee, q, c = theta.T
     return pd.DataFrame({"alpha": np.exp(a), "beta": np.exp(q), "knee": knee, "floor": c,
-                         "rmsd": np.sqrt(error / x.size)})
+                         "rmsd": np.sqrt(cost / x.size)})
 
 
 def vanilla_loss(fit, sizes):
@@ -146,9 +174,10 @@ def _line(x, y):
 
 
 def power_phase(sizes, losses, *, n_points=3, delta=5.0):
-    """int64[m]: how many of the last sizes accept-then-stop takes for the power phase of each row of `losses` f[m, s].
+    """int64[m]: how many of the last `sizes` belong to the power phase of each row of `losses` f[m, s].
 
-    Where nothing is an outlier the smallest size is left out all the same, as in the authors' code. Lin et al. 2024, algorithm 1."""
+    Where nothing is an outlier the smallest size is left out all the same, as in the authors' code. Lin et al. 2024,
+    algorithm 1."""
     x, y = np.log(sizes), np.log(losses)
     phase = np.full(len(y), x.size if x.size <= n_points else x.size - 1)
     for w in reversed(range(n_points, x.size)):
@@ -159,8 +188,9 @@ def power_phase(sizes, losses, *, n_points=3, delta=5.0):
     return phase
 
 # %% ../../nbs/model/scaling.ipynb #75c62cfd
-SOURCE = dict(paper="Selecting Large Language Model to Fine-tune via Rectified Scaling Law", key="rectified-scaling-law",
-              selects="models", deterministic=True, ranking=True, year=2024, url="https://arxiv.org/abs/2402.02314",
+SOURCE = dict(paper="Selecting Large Language Model to Fine-tune via Rectified Scaling Law", year=2024,
+              key="rectified-scaling-law", selects="models", deterministic=True, ranking=True,
+              url="https://arxiv.org/abs/2402.02314",
               authors="Lin, Haowei and Huang, Baizhou and Ye, Haotian and Chen, Qinyue and Wang, Zihao and Li, Sujian "
                       "and Ma, Jianzhu and Wan, Xiaojun and Zou, James and Liang, Yitao")
 
@@ -169,9 +199,10 @@ SOURCE = dict(paper="Selecting Large Language Model to Fine-tune via Rectified S
 def accept_then_stop(loss_curves, sizes, k, *, target=1_638_400, n_points=3, delta=5.0) -> Selection:
     """The `k` models of least loss at `target`, by a line in log-log coordinates through each one's power phase.
 
-    `loss_curves` f32[m, s] after fine-tuning on `sizes` int[s], as far as the budget goes; size 0 is ignored. `score` is minus the predicted
-    loss; `info["phase"]` int[m] counts the sizes each line goes through. ValueError for losses that are not positive, sizes that do not
-    increase, fewer than two above 0, `target` below the largest. Lin et al. 2024, algorithm 1."""
+    `loss_curves` f32[m, s] after fine-tuning on `sizes` int[s], as far as the budget goes; size 0 is ignored.
+    `score` is minus the predicted loss; `info["phase"]` int[m] counts the sizes that each line goes through.
+    ValueError for losses that are not positive, sizes that do not increase, fewer than two above 0, `target` below the
+    largest. Lin et al. 2024, algorithm 1."""
     if n_points < 2: raise ValueError(f"`n_points` must be 2 or more, got {n_points}")
     if not delta >= 0: raise ValueError(f"`delta` must not be negative, got {delta}")
     losses, sizes = _given(loss_curves, sizes, 2, target)
@@ -184,8 +215,30 @@ def accept_then_stop(loss_curves, sizes, k, *, target=1_638_400, n_points=3, del
 
 # %% ../../nbs/model/scaling.ipynb #7ca7fc71
 @method("model", **SOURCE)
+def shrunken_line(loss_curves, sizes, k, *, target=1_638_400, gamma=2.5) -> Selection:
+    """The `k` models of least loss at `target`, by weighted log-log lines whose unsure slopes are pulled to the pool's.
+
+    Ours, not the paper's: it answers the paper's question on the same signals. `loss_curves` f32[m, s] after
+    fine-tuning on `sizes` int[s]; size 0 is ignored, the others weigh size ** `gamma`. `score` is minus the predicted
+    loss; `info["trust"]` f64[m] is the share that each slope keeps. ValueError as for `accept_then_stop`."""
+    if not 0 <= gamma < np.inf: raise ValueError(f"`gamma` must be a non-negative number, got {gamma}")
+    losses, sizes = _given(loss_curves, sizes, 2, target)
+    x, y = np.log(sizes[sizes > 0]), np.log(losses[:, sizes > 0])
+    w = np.exp(gamma * (x - x[-1])); w /= w.sum()
+    middle, spread, origin = w @ x, w @ (x - w @ x) ** 2, y @ w
+    slope = (y - origin[:, None]) @ (w * (x - middle)) / spread
+    unsure = (y - origin[:, None] - slope[:, None] * (x - middle)) ** 2 @ w / spread
+    trust = (slope.var() + 1e-12) / (slope.var() + unsure + 1e-12)
+    shrunk = trust * slope + (1 - trust) * np.average(slope, weights=trust)
+    predicted = np.exp(origin + slope * (x[-1] - middle) + shrunk * (np.log(target) - x[-1]))
+    return Selection.from_scores(-predicted, k, info={"trust": trust})
+
+# %% ../../nbs/model/scaling.ipynb #89ab972d
+@method("model", **SOURCE)
 def zero_shot(loss_curves, sizes, k) -> Selection:
-    """The `k` models of least loss before any fine-tuning, in `loss_curves` f32[m, s]; ValueError unless `sizes` begins with 0."""
+    """The `k` models of least loss before any fine-tuning: the first column of `loss_curves` f32[m, s].
+
+    ValueError unless `sizes` begins with 0."""
     losses, sizes = _given(loss_curves, sizes)
     if sizes[0] != 0: raise ValueError(f"`sizes` must begin with 0, got {sizes.tolist()}")
     return Selection.from_scores(-losses[:, 0], k)
@@ -207,8 +260,8 @@ def model_size(costs, k) -> Selection:
 def rectified_law(loss_curves, sizes, k, *, target=1_638_400) -> Selection:
     """The `k` models of least loss at `target` by the rectified law fitted to each curve, size 0 included.
 
-    `loss_curves` f32[m, s] at `sizes` int[s]; `score` is minus the predicted loss. ValueError as for `fit_rectified`, and
-    for a `target` below the largest size. Lin et al. 2024, the ablation of section 5 (\"OurFit\")."""
+    `loss_curves` f32[m, s] at `sizes` int[s]; `score` is minus the predicted loss. ValueError as for `fit_rectified`,
+    and for a `target` below the largest size. Lin et al. 2024, the ablation that their code calls OurFit."""
     losses, sizes = _given(loss_curves, sizes, 1, target)
     return Selection.from_scores(-rectified_loss(fit_rectified(sizes, losses), [target])[:, 0], k)
 
@@ -218,7 +271,7 @@ def vanilla_law(loss_curves, sizes, k, *, target=1_638_400) -> Selection:
     """The `k` models of least loss at `target` by the vanilla law fitted to the sizes above 0.
 
     `loss_curves` f32[m, s] at `sizes` int[s]; `score` is minus the predicted loss. ValueError as for `fit_vanilla`, and
-    for a `target` below the largest size. Lin et al. 2024, the ablation of section 5 (\"VanillaFit\")."""
+    for a `target` below the largest size. Lin et al. 2024, the ablation that their code calls VanillaFit."""
     losses, sizes = _given(loss_curves, sizes, 4, target)
     fit = fit_vanilla(sizes[sizes > 0], losses[:, sizes > 0])
     return Selection.from_scores(-vanilla_loss(fit, [target])[:, 0], k)
@@ -230,7 +283,7 @@ def relative_accuracy(selection, seed=0, *, final):
 
 
 def scaling_task(loss_curves, sizes, *, budget, parameters=None, name="scaling") -> Task:
-    """Choose models by the part of `loss_curves` f[m, s] up to the size `budget`; they are worth their loss at the largest.
+    """Choose models by `loss_curves` f[m, s] up to the size `budget`; they are worth their loss at the largest size.
 
     `parameters` [m], where given, is the signal `costs`. ValueError where no size is within `budget` or none beyond."""
     losses, sizes = _given(loss_curves, sizes)
