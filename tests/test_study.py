@@ -145,7 +145,8 @@ def test_methods_that_buy_labels_run_in_a_study(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     y = rng.integers(3, size=60)
     predictions = np.where(rng.random((60, 5)) < np.linspace(.4, .9, 5), y[:, None], rng.integers(3, size=(60, 5)))
-    study = lambda y: Study(labelling_task(predictions, y, size=40), ["random_labelling", "committee_entropy"], [3, 9], 2)
+    names = ["random_labelling", "committee_entropy"]
+    study = lambda y: Study(labelling_task(predictions, y, size=40), names, [3, 9], 2)
     first, again = study(y), study(y)
     rows = first.run()
     assert not len(first.errors()) and not rows["cached"].any()
