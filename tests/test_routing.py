@@ -1,9 +1,13 @@
 "Routing: bad input by name, invariances, and the published answers of Mixtral and GPT-4 at full size."
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from selectbench.core.vocabulary import sample_signals
 from selectbench.model.routing import (
+    _reach,
+    _scores,
     benchmark_mean,
     benchmark_routing,
     benchmark_share,
@@ -114,6 +118,35 @@ def test_accuracy_far_from_all_benchmarks_is_finite():
     p = np.array([[.2, .9], [.6, .7]])
     assert np.allclose(smoothed_accuracy(50.0, np.array([.1, .3]), p), p[1])
     assert np.allclose(smoothed_accuracy(.2, np.array([.1, .3]), p), p.mean(0))
+
+
+REFERENCE = np.load(Path(__file__).parent / "data" / "routellm_reference.npz")
+
+
+def test_matrix_factorisation_scores_as_the_authors_program():
+    "Their score has no bias; ours is set to zero. Only the direction of a model's embedding counts."
+    import torch
+    queries, v, projection, w = (torch.from_numpy(REFERENCE[name]) for name in ("queries", "v", "projection", "w"))
+    ours = _scores(queries, v, projection, torch.zeros(5), w).numpy()
+    first, second = (ours[REFERENCE["query"], REFERENCE[name]] for name in ("first", "second"))
+    assert np.allclose(first - second, REFERENCE["difference"], atol=1e-6)
+
+
+def test_noise_in_training_flattens_what_is_learnt():
+    args = QUERY["embeddings"], QUERY["responses"], QUERY["target_embeddings"]
+    spread = [predict_matrix_factorisation(*args, noise=noise, lr=.01, batch_size=16).std(0).mean() for noise in (0, 3)]
+    assert spread[1] < .7 * spread[0]
+
+
+def test_metrics_of_the_authors_program():
+    "APGR is the area. Their calls for 20, 50 and 80 % of the gap are first crossings of the same curve."
+    gain, truth = REFERENCE["gain"], REFERENCE["truth"]
+    found = cost_quality(np.stack([0 * gain, gain], axis=1), truth, [0, 1])
+    assert np.isclose(found.summary.value["area"], REFERENCE["metrics"][4])
+    share, recovered = (found.curve[name].to_numpy()[None] for name in ("share", "recovered"))
+    reached = [100 * _reach(share, recovered, level)[0] for level in (.2, .5, .8)]
+    assert np.allclose(reached, REFERENCE["metrics"][:3], atol=.01)
+    assert np.isclose(found.summary.value["saved_50"], 1 - reached[1] / 100)
 
 
 MMLU = pytest.mark.skipif(not available("routellm"), reason="needs the RouteLLM answers: set SELECTBENCH_DATA")
