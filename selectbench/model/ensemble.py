@@ -237,8 +237,9 @@ class _Elites:
         return sorted(self.cells.values(), key=lambda i: (self.losses[i], i))
 
     def parents(self, rng):
-        "The best two elites; while there are fewer, random single models."
-        top = [self.counts[i] for i in self.best()[:2]]
+        "The best two elites, ties at random; while there are fewer, random single models."
+        ranked = sorted(rng.permutation(list(self.cells.values())), key=self.losses.__getitem__)
+        top = [self.counts[i] for i in ranked[:2]]
         if len(top) == 2: return top
         return [*top, *np.eye(self.m, dtype=np.int64)[rng.choice(self.m, 2, replace=False)]][:2]
 
