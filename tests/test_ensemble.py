@@ -48,7 +48,11 @@ def test_population_search_is_no_worse_than_the_authors(name, metric):
 
 def test_every_search_beats_the_single_best_on_validation():
     single = max(greedy_ensemble(soft[:, [j]], y).info["validation"] for j in range(soft.shape[1]))
-    for find in greedy_ensemble, qo_es, qdo_es: assert find(soft, y).info["validation"] >= single
+    for find in greedy_ensemble, qo_es, qdo_es:
+        pick = find(soft, y)
+        right = combine(soft, pick).argmax(axis=1) == y
+        assert pick.info["validation"] >= single
+        assert np.isclose(np.mean([right[y == c].mean() for c in (0, 1)]), pick.info["validation"])
 
 
 def test_duplicates_and_constants():
@@ -103,6 +107,7 @@ def test_gate_with_constant_features_and_all_models():
     gate = gated_ensemble(**given, k=7, epochs=2)
     with torch.no_grad(): p = gate(torch.tensor(given["features"]), torch.tensor(given["soft_predictions"])).numpy()
     assert np.allclose(p, given["soft_predictions"].mean(axis=1), atol=1e-6)
+    assert torch.isfinite(gate.scores(torch.tensor(given["features"]))).all()
 
 
 def test_gradient_of_the_layer_does_not_see_a_shift_of_all_scores():
