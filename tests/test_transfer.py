@@ -172,6 +172,11 @@ def test_constant_features_know_nothing(score, value):
     if score is n_leep: assert np.isclose(chosen.score[0], -np.log(3))
 
 
+@pytest.mark.parametrize("value", [.1, .3, 1e4 / 3])
+def test_rounding_of_a_mean_is_no_feature(value):
+    assert h_value(np.full((37, 3), value), np.arange(37) % 3) == 0
+
+
 def test_leep_ignores_columns_of_zeros():
     padded = np.concatenate([probs, np.zeros((4, 30, 3), np.float32)], axis=2)
     assert np.allclose(leep(padded, y, 1).score, leep(probs, y, 1).score)

@@ -153,7 +153,7 @@ def n_leep(model_embeddings, y, k, *, ratio=5, energy=.8, seed=0) -> Selection:
 def _push(centres, radii, nsigma, step):
     "One step of each class centre f64[c, d] away from those it overlaps. Centres that coincide do not push."
     distance = cdist(centres, centres)
-    overlap = np.maximum(nsigma * (radii[:, None] + radii) - distance, 0) * (distance > 0)
+    overlap = np.maximum(nsigma * (radii[:, None] + radii) - distance, 0)
     pull = min(step ** 2 / 2, 1) * overlap / np.where(distance > 0, distance, 1)
     return centres * pull.sum(1, keepdims=True) - pull @ centres
 
