@@ -79,7 +79,7 @@ def _loss_curves(rng, z):
 
 # %% ../../nbs/core/vocabulary.ipynb #1c4560e7
 def _table():
-    "name -> (shape, dtype, what, sampler): every signal of the design."
+    "name -> (shape, dtype, what, sampler): the signals of items."
     f, i, s = "float32", "int64", "str"
     return {
         "n": ((), i, "size of the pool", lambda rng, z: z["n"]),
@@ -98,6 +98,16 @@ def _table():
                              lambda rng, z: rng.gamma(2, size=z["n"]).astype(f)),
         "gradients": (("n", "p"), f, "(projected) per-example gradients", _normal("n", "p")),
         "target_gradients": (("q", "p"), f, "(projected) per-example gradients of the target", _normal("q", "p")),
+        "passes": (("n", "t"), "bool", "candidate n passes test t", lambda rng, z: rng.random((z["n"], z["t"])) < .5),
+        "oracle": (("n",), "callable", "a label on demand: int -> class",
+                   lambda rng, z: Oracle(rng.integers(z["c"], size=z["n"]), z["n"])),
+    }
+
+# %% ../../nbs/core/vocabulary.ipynb #b9d5c2f1
+def _model_table():
+    "name -> (shape, dtype, what, sampler): what many models say, and what is known of them."
+    f, i = "float32", "int64"
+    return {
         "predictions": (("n", "m"), i, "classes that m models predict", _codes("c", "n", "m")),
         "soft_predictions": (("n", "m", "c"), f, "class probabilities of m models", _simplex("n", "m", "c")),
         "responses": (("n", "m"), f, "score of model m on item n",
@@ -110,13 +120,10 @@ def _table():
         "costs": (("m",), f, "price of one call of each model", lambda rng, z: rng.gamma(2, size=z["m"]).astype(f)),
         "sizes": (("s",), i, "numbers of training examples, increasing, perhaps from 0", lambda rng, z: _sizes(z["s"])),
         "loss_curves": (("m", "s"), f, "loss of model m after training on each of `sizes`", _loss_curves),
-        "passes": (("n", "t"), "bool", "candidate n passes test t", lambda rng, z: rng.random((z["n"], z["t"])) < .5),
-        "oracle": (("n",), "callable", "a label on demand: int -> class",
-                   lambda rng, z: Oracle(rng.integers(z["c"], size=z["n"]), z["n"])),
     }
 
 
-for _name, (_shape, _dtype, _what, _sample) in _table().items():
+for _name, (_shape, _dtype, _what, _sample) in (_table() | _model_table()).items():
     _sample.__doc__ = _what
     signal(_name, _shape, _dtype, _sample)
 
@@ -162,6 +169,12 @@ def _probabilities(name, value):
     if value.size and (value.min() < -1e-6 or np.abs(value.sum(-1, dtype=np.float64) - 1).max() > 1e-3):
         raise ValueError(f"`{name}` must hold probabilities: rows are non-negative and sum to one")
 
+
+def _labels(name, value, c):
+    "ValueError unless every label has one of the `c` columns of the probabilities beside it, if there are any."
+    if c and value.size and not (0 <= value.min() and value.max() < c):
+        raise ValueError(f"`{name}` must hold classes in [0, {c}), got {value.min()} to {value.max()}")
+
 # %% ../../nbs/core/vocabulary.ipynb #a2fcbab6
 def check_signals(values):
     """The checked form of `values` (dict name -> signal) and the sizes they agree on (dict symbol -> int).
@@ -182,4 +195,5 @@ def check_signals(values):
         if name in ("probs", "soft_predictions", "source_probs"): _probabilities(name, value)
         if name == "n": value = int(value); sizes.setdefault("n", value)
         checked[name] = value
+    for name in {"y", "target_y"} & checked.keys(): _labels(name, checked[name], sizes.get("c"))
     return checked, sizes

@@ -82,8 +82,6 @@ class _Losses:
     "The losses f64[b] of count vectors [b, m] on the validation labels `y` int[n]; `soft` f[n, m, c]."
     def __init__(self, soft, y, metric):
         if metric not in METRICS: raise ValueError(f"`metric` must be one of {', '.join(METRICS)}, got {metric!r}")
-        if y.min() < 0 or y.max() >= soft.shape[2]:
-            raise ValueError(f"`y` must hold classes in [0, {soft.shape[2]}), got {y.min()} to {y.max()}")
         if len(np.unique(y)) < 2: raise ValueError("`y` must hold at least two classes")
         self.y, (self.score, self.best), self.shape = y, METRICS[metric], (len(y), soft.shape[2])
         self.flat = soft.transpose(1, 0, 2).reshape(soft.shape[1], -1).astype(np.float64)
