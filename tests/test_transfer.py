@@ -28,6 +28,7 @@ from selectbench.model.transfer import (
     pretext,
 )
 from selectbench.pools.fetch import available
+from selectbench.pools.published import by_dataset
 from selectbench.pools.published import lovm as lovm_pool
 
 DATA = Path(__file__).parent / "data"
@@ -76,8 +77,8 @@ def test_ped_is_the_official_number(reference, nsigma, step):
 
 def table(target):
     "responses f32[23, 35], model_features f32[23, 35, 7], the data sets."
-    p = lovm_pool(); rows = np.argsort(p.groups, kind="stable").reshape(23, 35)
-    return p[target][rows].astype(np.float32), p.features[rows], np.array(p.group_names)
+    p = lovm_pool()
+    return by_dataset(p, target).astype(np.float32), by_dataset(p, "features"), np.array(p.group_names)
 
 
 def same(name, other): return set(name.split("+")) == set(other.split("+"))
