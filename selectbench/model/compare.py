@@ -134,6 +134,11 @@ def _t(mean, variance, df):
     return Comparison(float(t), float(2 * stats.t.sf(abs(t), df)))
 
 
+def _overlap_variance(values, test_share):
+    "Variance of the mean of scores of splits that share training data, `test_share` = n_test / n in each."
+    return values.var(ddof=1) * (1 / values.size + test_share / (1 - test_share))
+
+
 def resampled_t(differences) -> Comparison:
     "Paired t test over splits as if they were independent: liberal for overlapping splits, kept to be compared with."
     d = _differences(differences)
@@ -144,7 +149,7 @@ def corrected_resampled_t(differences, *, test_share) -> Comparison:
     "`resampled_t` with the variance corrected for overlap; `test_share` = n_test / n. Nadeau and Bengio 2003."
     if not 0 < test_share < 1: raise ValueError(f"`test_share` must lie in (0, 1), got {test_share}")
     d = _differences(differences)
-    return _t(d.mean(), d.var(ddof=1) * (1 / d.size + test_share / (1 - test_share)), d.size - 1)
+    return _t(d.mean(), _overlap_variance(d, test_share), d.size - 1)
 
 # %% ../../nbs/model/compare.ipynb #a2dda053
 def _halves(differences):
@@ -245,10 +250,10 @@ def repeated_cv(estimator, X, y, *, folds=10, repeats=5, scoring="accuracy", see
     "Mean score over repeated stratified folds, with an interval corrected for their overlap (Nadeau and Bengio 2003)."
     cv = RepeatedStratifiedKFold(n_splits=folds, n_repeats=repeats, random_state=seed)
     scores = cross_val_score(clone(estimator), X, y, cv=cv, scoring=scoring)
-    variance = scores.var(ddof=1) * (1 / scores.size + 1 / (folds - 1))
-    return Estimate(float(scores.mean()), float(stats.t.ppf(.975, scores.size - 1) * np.sqrt(variance)))
+    half = stats.t.ppf(.975, scores.size - 1) * np.sqrt(_overlap_variance(scores, 1 / folds))
+    return Estimate(float(scores.mean()), float(half))
 
-
+# %% ../../nbs/model/compare.ipynb #c28c1fe9
 class BootstrapAccuracy(NamedTuple):
     "Accuracies: on the training data, out of bag, and the two mixtures."
     resubstitution: float

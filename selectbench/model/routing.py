@@ -19,6 +19,17 @@ from ..core.progress import progress
 from ..core.registry import method
 from ..core.selection import Selection
 
+# %% ../../nbs/model/routing.ipynb #60fa62c5
+_KEY = "llm-routing-benchmarks"
+_SHNITZER = {"paper": "Large Language Model Routing with Benchmark Datasets", "selects": "models",
+             "deterministic": True, "year": 2023, "url": "https://arxiv.org/abs/2309.15789",
+             "authors": "Shnitzer, Tal and Ou, Anthony and Silva, Mirian and Soule, Kate and Sun, Yuekai and Solomon, "
+                        "Justin and Thompson, Neil and Yurochkin, Mikhail"}
+_ONG = {"paper": "RouteLLM: Learning to Route LLMs with Preference Data", "returns": "routing", "selects": "models",
+        "year": 2024, "url": "https://arxiv.org/abs/2406.18665",
+        "authors": "Ong, Isaac and Almahairi, Amjad and Wu, Vincent and Chiang, Wei-Lin and Wu, Tianhao and Gonzalez, "
+                   "Joseph E. and Kadous, M Waleed and Stoica, Ion"}
+
 # %% ../../nbs/model/routing.ipynb #db8cd7c3
 def _assign(predicted, costs, price):
     "int64[q], the model of largest predicted - price * cost; of equal ones the cheapest."
@@ -56,10 +67,7 @@ def predict_knn(embeddings, responses, target_embeddings, *, neighbors=5):
     return responses[_nearest(embeddings, target_embeddings, neighbors)[0]].mean(axis=1, dtype=np.float64)
 
 # %% ../../nbs/model/routing.ipynb #6422b1c9
-@method("model", paper="Large Language Model Routing with Benchmark Datasets", returns="routing", selects="models",
-        deterministic=True, year=2023, url="https://arxiv.org/abs/2309.15789",
-        authors="Shnitzer, Tal and Ou, Anthony and Silva, Mirian and Soule, Kate and Sun, Yuekai and Solomon, Justin "
-                "and Thompson, Neil and Yurochkin, Mikhail")
+@method("model", returns="routing", **_SHNITZER)
 def knn_router(embeddings, responses, target_embeddings, costs, *, neighbors=5, price=0.0):
     """The model for each query by the answers to its nearest past queries: int64[q].
 
@@ -76,10 +84,7 @@ def predict_linear(embeddings, responses, target_embeddings, *, penalty=1.0):
     return line.predict(target_embeddings.astype(np.float64)).reshape(len(target_embeddings), -1)
 
 
-@method("model", paper="RouteLLM: Learning to Route LLMs with Preference Data", returns="routing", selects="models",
-        deterministic=True, year=2024, url="https://arxiv.org/abs/2406.18665",
-        authors="Ong, Isaac and Almahairi, Amjad and Wu, Vincent and Chiang, Wei-Lin and Wu, Tianhao and Gonzalez, "
-                "Joseph E. and Kadous, M Waleed and Stoica, Ion")
+@method("model", deterministic=True, **_ONG)
 def linear_router(embeddings, responses, target_embeddings, costs, *, penalty=1.0, price=0.0):
     """The model for each query by one ridge regression per model: int64[q].
 
@@ -123,10 +128,7 @@ def predict_matrix_factorisation(embeddings, responses, target_embeddings, *, di
     return low + span * out.numpy().astype(np.float64)
 
 # %% ../../nbs/model/routing.ipynb #fd289cc3
-@method("model", paper="RouteLLM: Learning to Route LLMs with Preference Data", returns="routing", selects="models",
-        year=2024, url="https://arxiv.org/abs/2406.18665",
-        authors="Ong, Isaac and Almahairi, Amjad and Wu, Vincent and Chiang, Wei-Lin and Wu, Tianhao and Gonzalez, "
-                "Joseph E. and Kadous, M Waleed and Stoica, Ion")
+@method("model", **_ONG)
 def matrix_factorisation_router(embeddings, responses, target_embeddings, costs, *, dim=128, noise=0.1, lr=3e-4,
                                 weight_decay=1e-5, batch_size=64, epochs=100, price=0.0, seed=0):
     """The model for each query by projecting it against an embedding of every model: int64[q].
@@ -144,15 +146,13 @@ def predict_majority(responses, target_embeddings):
     return np.tile(responses.mean(axis=0, dtype=np.float64), (len(target_embeddings), 1))
 
 
-@method("model", paper="RouteLLM: Learning to Route LLMs with Preference Data", returns="routing", selects="models",
-        deterministic=True, year=2024, url="https://arxiv.org/abs/2406.18665", authors="Ong, Isaac and others")
+@method("model", deterministic=True, **_ONG)
 def majority_router(responses, target_embeddings, costs, *, price=0.0):
     "The same model for all queries, the best on average after its price: int64[q]. The baseline that reads no query."
     return route(predict_majority(responses, target_embeddings), costs, price)
 
 
-@method("model", paper="RouteLLM: Learning to Route LLMs with Preference Data", returns="routing", selects="models",
-        year=2024, url="https://arxiv.org/abs/2406.18665", authors="Ong, Isaac and others")
+@method("model", **_ONG)
 def random_router(target_embeddings, costs, *, share=None, seed=0):
     """A model drawn for each query with probability `share` f[m] (uniform unless given): int64[q].
 
@@ -263,13 +263,9 @@ def _ranked(score, tie, k):
     return Selection(np.lexsort((-tie, -score))[:k], n=len(score), score=score)
 
 
-_SHNITZER = {"paper": "Large Language Model Routing with Benchmark Datasets", "key": "llm-routing-benchmarks",
-             "selects": "models", "deterministic": True, "year": 2023, "url": "https://arxiv.org/abs/2309.15789",
-             "authors": "Shnitzer, Tal and Ou, Anthony and Silva, Mirian and Soule, Kate and Sun, Yuekai and Solomon, "
-                        "Justin and Thompson, Neil and Yurochkin, Mikhail"}
 
 # %% ../../nbs/model/routing.ipynb #b2559684
-@method("model", ranking=True, **_SHNITZER)
+@method("model", key=_KEY, ranking=True, **_SHNITZER)
 def benchmark_mean(embeddings, responses, target_embeddings, k, *, neighbors=5) -> Selection:
     """The models with the largest mean predicted correctness on a new task: the score S1.
 
@@ -279,7 +275,7 @@ def benchmark_mean(embeddings, responses, target_embeddings, k, *, neighbors=5) 
     return _ranked(score, score, k)
 
 
-@method("model", ranking=True, **_SHNITZER)
+@method("model", key=_KEY, ranking=True, **_SHNITZER)
 def benchmark_share(embeddings, responses, target_embeddings, k, *, neighbors=5, threshold=0.5) -> Selection:
     """The models predicted to be right on most queries of a new task: the score S2; ties by S1.
 
@@ -324,7 +320,7 @@ def _lead(order, score, accuracy, best, n, confidence):
     return np.r_[best, order[order != best]], chance
 
 
-@method("model", **_SHNITZER)
+@method("model", key=_KEY, **_SHNITZER)
 def benchmark_routing(embeddings, responses, groups, target_embeddings, k, *, neighbors=5, threshold=0.5,
                       task_neighbors=19, bandwidth=0.09, confidence=0.6) -> Selection:
     """The models for a new task by predicted correctness, corrected by how far the predictor can be trusted there: S3.

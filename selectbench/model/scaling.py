@@ -255,7 +255,7 @@ def model_size(costs, k) -> Selection:
     "The `k` largest models: those of largest `costs` f32[m], which may be numbers of parameters."
     return Selection.from_scores(costs, k)
 
-
+# %% ../../nbs/model/scaling.ipynb #f34eddf9
 @method("model", **SOURCE)
 def rectified_law(loss_curves, sizes, k, *, target=1_638_400) -> Selection:
     """The `k` models of least loss at `target` by the rectified law fitted to each curve, size 0 included.

@@ -28,24 +28,21 @@ def data_study(seeds=5, budgets=(50, 200)):
     "Which digits to train a logistic regression on: every method of `data` that a table can serve."
     task = Task.from_dataset(digits(), LogisticRegression(max_iter=300), "accuracy", name="digits",
                              options={"epochs": 3})  # a proxy that has memorised the pool is equally sure of all of it
-    cards = [c for c in methods.published() if c["family"] == "data" and c["kind"] == "method"]
-    names = [c["name"] for c in cards if c["name"] not in BASELINES and _serves(task, c)]
-    return Study(task, names, list(budgets), seeds)
+    return Study(task, _served("data", task), list(budgets), seeds)
 
 
-def _serves(task, card):
-    "True when the task can provide every signal that the method reads."
-    return all(task._resolve(s) is not None for s in card["signals"])
+def _served(family, task):
+    "Names of the methods of `family` whose every signal the task can provide, baselines apart."
+    return [c["name"] for c in methods.published() if c["family"] == family and c["kind"] == "method"
+            and c["name"] not in BASELINES and all(task._resolve(s) is not None for s in c["signals"])]
 
 # %% ../../nbs/report/tour.ipynb #e2d7b80c
 def model_study(seeds=10, budgets=(5, 20)):
-    "Which classifier of the zoo is best on the breast cancer table: every method of `model` that asks an oracle."
+    "Which classifier of the zoo is best on the breast cancer table: every method of `model` that buys labels."
     table = breast_cancer()
     soft = zoo_soft_predictions(table.features, table.y)
     task = labelling_task(soft.argmax(2), table.y, soft_predictions=soft, size=200, name="classifiers for biopsies")
-    cards = [c for c in methods.published() if c["family"] == "model" and "oracle" in c["signals"]]
-    rows = [Setting(c["name"], {"epsilon": 0.45}) if c["name"] == "model_selector" else c["name"]
-            for c in cards if _serves(task, c)]
+    rows = [Setting(name, {"epsilon": 0.45}) if name == "model_selector" else name for name in _served("model", task)]
     return Study(task, rows, list(budgets), seeds)
 
 
