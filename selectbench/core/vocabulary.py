@@ -172,7 +172,7 @@ def _probabilities(name, value):
 
 def _labels(name, value, c):
     "ValueError unless every label has one of the `c` columns of the probabilities beside it, if there are any."
-    if c and value.size and not (0 <= value.min() and value.max() < c):
+    if c and value.size and (value.min() < 0 or value.max() >= c):
         raise ValueError(f"`{name}` must hold classes in [0, {c}), got {value.min()} to {value.max()}")
 
 # %% ../../nbs/core/vocabulary.ipynb #a2fcbab6
