@@ -58,6 +58,11 @@ def _simplex(*axes):
     return lambda rng, z: rng.dirichlet(np.ones(z[axes[-1]]), [z[a] for a in axes[:-1]]).astype(np.float32)
 
 
+def _positive(*axes):
+    "A sampler of positive float32 arrays."
+    return lambda rng, z: rng.gamma(2, size=[z[a] for a in axes]).astype(np.float32)
+
+
 def _codes(top, *axes):
     "A sampler of int64 codes below the size of `top`, each code present where the array is long enough."
     def sample(rng, z):
@@ -91,11 +96,12 @@ def _table():
         "target_embeddings": (("q", "d"), f, "learned representation of the target sample", _normal("q", "d")),
         "y": (("n",), i, "class", _codes("c", "n")),
         "target_y": (("q",), i, "class, of the target sample", _codes("c", "q")),
-        "groups": (("n",), i, "domain, skill or cluster", _codes("c", "n")),
+        "groups": (("n",), i, "domain, skill or cluster", _codes("g", "n")),
+        "target_groups": (("q",), i, "domain, skill or cluster, of the target sample", _codes("g", "q")),
         "probs": (("n", "c"), f, "one proxy model's class probabilities", _simplex("n", "c")),
-        "losses": (("n",), f, "per-example loss of a proxy", lambda rng, z: rng.gamma(2, size=z["n"]).astype(f)),
-        "reference_losses": (("n",), f, "per-example loss of a second model",
-                             lambda rng, z: rng.gamma(2, size=z["n"]).astype(f)),
+        "losses": (("n",), f, "per-example loss of a proxy", _positive("n")),
+        "reference_losses": (("n",), f, "per-example loss of a second model", _positive("n")),
+        "conditional_losses": (("n",), f, "loss of that proxy after training on the target sample", _positive("n")),
         "gradients": (("n", "p"), f, "(projected) per-example gradients", _normal("n", "p")),
         "target_gradients": (("q", "p"), f, "(projected) per-example gradients of the target", _normal("q", "p")),
         "passes": (("n", "t"), "bool", "candidate n passes test t", lambda rng, z: rng.random((z["n"], z["t"])) < .5),
@@ -117,18 +123,42 @@ def _model_table():
         "source_probs": (("m", "n", "z"), f, "probabilities of each model's source classes", _simplex("m", "n", "z")),
         "forecasts": (("n", "m"), f, "real-valued predictions of m models", _normal("n", "m")),
         "outcomes": (("n",), f, "real-valued outcome", _normal("n")),
-        "costs": (("m",), f, "price of one call of each model", lambda rng, z: rng.gamma(2, size=z["m"]).astype(f)),
+        "costs": (("m",), f, "price of one call of each model", _positive("m")),
+        "model_sizes": (("m",), f, "number of parameters of each model", _positive("m")),
+        "rating_logits": (("m", "n", "j", "r"), f, "logits of r ratings, lowest first, by m models asked in j ways",
+                          _normal("m", "n", "j", "r")),
         "sizes": (("s",), i, "numbers of training examples, increasing, perhaps from 0", lambda rng, z: _sizes(z["s"])),
         "loss_curves": (("m", "s"), f, "loss of model m after training on each of `sizes`", _loss_curves),
     }
 
+# %% ../../nbs/core/vocabulary.ipynb #429acbb4
+def _training_table():
+    "name -> (shape, dtype, what, sampler): what was learned from trainings on parts of the pool."
+    f, i = "float32", "int64"
+    return {
+        "subsets": (("u", "n"), "bool", "which items each of u trainings saw",
+                    lambda rng, z: rng.random((z["u"], z["n"])) < .5),
+        "subset_losses": (("u", "q"), f, "loss of each target item after each training", _positive("u", "q")),
+        "mixtures": (("u", "g"), f, "share of each group in each of u trainings", _simplex("u", "g")),
+        "mixture_sizes": (("u",), i, "how many items each training saw", lambda rng, z: rng.integers(50, 900, z["u"])),
+        "mixture_scores": (("u",), f, "performance after each training", lambda rng, z: rng.random(z["u"]).astype(f)),
+        "skills_graph": (("g", "g"), f, "how much training on group i lowers the loss of group j",
+                         lambda rng, z: rng.random((z["g"], z["g"])).astype(f)),
+        "model_gradients": (("m", "n", "p"), f, "(projected) per-example gradients of m models", _normal("m", "n", "p")),
+        "model_target_gradients": (("m", "q", "p"), f, "the same of the target", _normal("m", "q", "p")),
+        "true_probs": (("m", "n"), f, "probability of the right class by m models",
+                       lambda rng, z: rng.beta(4, 2, (z["m"], z["n"])).astype(f)),
+        "head": (("c", "d"), f, "weights of the output layer above the embeddings", _normal("c", "d")),
+    }
 
-for _name, (_shape, _dtype, _what, _sample) in (_table() | _model_table()).items():
+
+for _name, (_shape, _dtype, _what, _sample) in (_table() | _model_table() | _training_table()).items():
     _sample.__doc__ = _what
     signal(_name, _shape, _dtype, _sample)
 
 # %% ../../nbs/core/vocabulary.ipynb #4b38c9da
-SIZES = {"n": 40, "q": 11, "m": 7, "c": 3, "d": 6, "p": 13, "t": 5, "s": 8, "z": 4}
+SIZES = {"n": 40, "q": 11, "m": 7, "c": 3, "d": 6, "p": 13, "t": 5, "s": 8, "z": 4, "g": 9, "u": 12, "j": 2,
+         "r": 10}
 
 
 def sample_signals(names, seed=0, **sizes):
@@ -171,7 +201,7 @@ def _probabilities(name, value):
 
 
 def _labels(name, value, c):
-    "ValueError unless every label has one of the `c` columns of the probabilities beside it, if there are any."
+    "ValueError unless every label is below `c`, the number of classes that a signal beside it has, if one does."
     if c and value.size and (value.min() < 0 or value.max() >= c):
         raise ValueError(f"`{name}` must hold classes in [0, {c}), got {value.min()} to {value.max()}")
 
@@ -192,8 +222,9 @@ def check_signals(values):
             if sizes.setdefault(symbol, size) != size:
                 raise ValueError(f"`{name}` has {size} along {symbol}, but `{owner[symbol]}` has {sizes[symbol]}")
             owner.setdefault(symbol, name)
-        if name in ("probs", "soft_predictions", "source_probs"): _probabilities(name, value)
+        if name in ("probs", "soft_predictions", "source_probs", "mixtures"): _probabilities(name, value)
         if name == "n": value = int(value); sizes.setdefault("n", value)
         checked[name] = value
-    for name in {"y", "target_y"} & checked.keys(): _labels(name, checked[name], sizes.get("c"))
+    for name, symbol in (("y", "c"), ("target_y", "c"), ("groups", "g"), ("target_groups", "g")):
+        if name in checked: _labels(name, checked[name], sizes.get(symbol))
     return checked, sizes
