@@ -268,3 +268,22 @@ def test_more_bad_arguments_are_named():
 def test_the_call_form():
     lm = train_lm(LLAMA, TEXTS, 200, 3, block=16)
     assert isinstance(lm, TrainedLM) and lm.curve.tokens.iloc[-1] >= 200
+
+
+def test_training_goes_on_from_a_model():
+    start = run(LLAMA)
+    same_again, further = run(start, lr=1e-9, weight_decay=0.0), run(start)
+    assert all(torch.allclose(same_again.state[k], start.state[k], atol=1e-6) for k in start.state)
+    assert further.fingerprint != start.fingerprint and further.curve.loss.iloc[0] < start.curve.loss.iloc[0]
+    with pytest.raises(ValueError, match="`tokenizer`"): run(start, tokenizer=train_bpe(TEXTS, 260))
+    with pytest.raises(ValueError, match="`block`"): run(run(GPT2), block=17)
+
+
+def test_a_policy_draws_its_own_rows():
+    class Draws(Says):
+        rows = 2
+        def draw(self, state, step, n, size, seed): return np.full(size, self.rows)
+
+    assert np.isfinite(run(LLAMA, policy=Draws(None)).curve.loss).all()
+    for rows in (10**6, 0.5):
+        with pytest.raises(ValueError, match="must draw"): run(LLAMA, policy=type("D", (Draws,), {"rows": rows})(None))

@@ -318,6 +318,7 @@ def _row_means(values, mask): return (values.sum(1) / np.maximum(mask.sum(1), 1)
 def _signals(batch, known, reference, validation):
     "The `StepSignals` of a batch."
     blocks, mask = batch.blocks, batch.blocks.mask
+    known["validation"] = validation
     known |= {"documents": blocks.documents, "mask": mask, "targets": blocks.tokens[:, 1:], "model": batch.model}
     lazy = {"token_losses": batch.token_losses, "entropies": batch.entropies}
     if reference is not None: lazy["reference_token_losses"] = lambda: score_blocks(reference, blocks)
@@ -491,8 +492,9 @@ _COLUMNS = ("step", "tokens", "loss", "lr", "seconds", "validation_loss")
 
 class _Run:
     "Everything that changes during training."
-    def __init__(self, architecture, blocks, recipe, policy, device):
+    def __init__(self, architecture, blocks, recipe, policy, device, start=None):
         self.model = build(architecture, recipe.seed).to(device).train()
+        if start is not None: self.model.load_state_dict(start.state)
         self.recipe, self.blocks, self.policy, self.device, self.rows = recipe, blocks, policy, device, []
         self.steps = max(1, math.ceil(recipe.tokens / (recipe.batch_size * blocks.mask.sum() / len(blocks))))
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -517,6 +519,15 @@ class _Run:
             self.optimizer.state[p] = {k: v.to(p.device) if v.ndim else v for k, v in moment.items()}
         self.state, self.rows = tree["policy"], tree["rows"].tolist()
 
+    def draw(self):
+        "int64[b], the rows that this step reads; ValueError where a policy draws what is not there."
+        n, size = len(self.blocks), self.recipe.batch_size * self.recipe.candidates
+        if not hasattr(self.policy, "draw"): return batch_rows(self.recipe, self.step, n)
+        rows = np.asarray(self.policy.draw(self.state, self.step, n, size, self.recipe.seed))
+        if rows.dtype.kind not in "iu" or rows.shape != (size,) or not 0 <= rows.min() <= rows.max() < n:
+            raise ValueError(f"the policy must draw {size} rows in [0, {n}), got {rows.dtype}{rows.shape}")
+        return rows
+
     @property
     def step(self): "How many steps are done."; return len(self.rows)
 
@@ -532,12 +543,13 @@ class _Run:
 def _take_step(run, reference, validation):
     "One step of `run`: draw, ask the policy, descend, note."
     start, recipe, step = time.perf_counter(), run.recipe, run.step
-    lr, index = learning_rate(recipe, step, run.steps), batch_rows(recipe, step, len(run.blocks))
+    lr, index = learning_rate(recipe, step, run.steps), run.draw()
     batch = _Batch(run.model, run.blocks[index], run.device)
     with _seeded(recipe.seed, 2, step):
         choice, normalise = None, True
         if run.policy is not None:
-            known = {"step": step, "steps": run.steps, "tokens": run.tokens, "lr": lr, "index": index}
+            known = {"step": step, "steps": run.steps, "tokens": run.tokens, "lr": lr, "index": index,
+                     "pool": run.blocks}
             run.state, choice = run.policy.step(run.state, _signals(batch, known, reference, validation))
             normalise = getattr(run.policy, "normalise", True)
         loss, counted = _chosen_loss(batch, choice, normalise)
@@ -569,11 +581,11 @@ def _loop(run, checkpoints, checkpoint_every, reference, validation):
 
 # %% ../../nbs/zoo/lm.ipynb #7ffecea8
 def _train(architecture, texts, tokenizer, recipe, *, policy=None, reference=None, validation_texts=None,
-           device=None, checkpoint_every=200, folder=None):
+           start=None, device=None, checkpoint_every=200, folder=None):
     "The run itself; `folder` holds its checkpoints until it is complete."
     device, checkpoints = best_device(device), Checkpoints(folder)
     rows = pack if recipe["packed"] else windows
-    run = _Run(architecture, rows(texts, tokenizer, recipe["block"]), Recipe(**recipe), policy, device)
+    run = _Run(architecture, rows(texts, tokenizer, recipe["block"]), Recipe(**recipe), policy, device, start)
     validation = None if validation_texts is None else windows(validation_texts, tokenizer, recipe["block"])
     if reference is not None:
         if reference.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -591,38 +603,49 @@ def _folder(*parts):
 
 
 @cached(version=1, ignore=("checkpoint_every",))
-def _trained(architecture, factory, texts, tokenizer, recipe, policy, reference, validation_texts, *,
+def _trained(architecture, factory, texts, tokenizer, recipe, policy, reference, validation_texts, start, *,
              device, checkpoint_every):
     "The run behind `train_lm`, with its checkpoints beside the cache."
     folder = _folder(source_digest(_train), architecture, factory, texts, tokenizer, recipe, policy, reference,
-                     validation_texts)
-    return _train(architecture, texts, tokenizer, recipe, policy=policy, reference=reference, folder=folder,
+                     validation_texts, start)
+    return _train(architecture, texts, tokenizer, recipe, policy=policy, reference=reference, folder=folder, start=start,
                   validation_texts=validation_texts, device=device, checkpoint_every=checkpoint_every)
 
 # %% ../../nbs/zoo/lm.ipynb #92bc9bd1
+def _positions(shape):
+    "How many tokens a Hugging Face architecture reads at most; None where nothing says so."
+    if "config" not in shape: return None
+    from transformers import AutoConfig
+    return getattr(AutoConfig.for_model(**shape["config"]), "max_position_embeddings", None)
+
+
 def _plan(config, texts, tokens, seed=0, *, tokenizer=None, policy=None, reference=None, validation_texts=None,
           device=None, checkpoint_every=200, **recipe):
     "(args, kwargs) of `_trained` for a call of `train_lm`."
-    tokenizer = tokenizer or ByteTokenizer()
     if isinstance(texts, str): raise ValueError("`texts` must be a sequence of strings, got one string")
-    shape = architecture(config, tokenizer)
+    start = config if hasattr(config, "architecture") else None  # a TrainedLM of the package or of this notebook
+    tokenizer = tokenizer or (start.tokenizer if start else ByteTokenizer())
+    if start and start.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError("`tokenizer` must be that of the model that training starts from")
+    shape = start.architecture if start else architecture(config, tokenizer)
     factory = _factory(shape["factory"]) if "factory" in shape else None
     recipe = asdict(Recipe(tokens, seed, **recipe))
-    block, longest = recipe["block"], getattr(config, "max_position_embeddings", None)
+    block, longest = recipe["block"], _positions(shape)
     if longest and block > longest: raise ValueError(f"`block` is {block}, but the model reads at most {longest}")
     if recipe["validate_every"] and validation_texts is None:
         raise ValueError("`validate_every` needs `validation_texts`")
-    args = shape, factory, texts, tokenizer, recipe, policy, reference, validation_texts
+    args = shape, factory, texts, tokenizer, recipe, policy, reference, validation_texts, start
     return args, {"device": device, "checkpoint_every": checkpoint_every}
 
 
 def train_lm(
-    config,  # a transformers configuration, or a named function (or partial of one): vocab_size -> module
+    config,  # a transformers configuration, a named function (or partial of one): vocab_size -> module, or a
+             # TrainedLM, to go on from its weights
     texts,   # the documents, a sequence of strings
     tokens: int,  # how many tokens are trained on, drawn again epoch after epoch if the texts have fewer
     seed: int = 0,  # of the weights, the order and dropout
     *,
-    tokenizer=None,         # bytes, unless given
+    tokenizer=None,         # bytes, or that of the TrainedLM, unless given
     batch_size: int = 16,   # rows a step trains on
     block: int = 128,       # targets per row
     lr: float = 3e-3,       # highest learning rate
@@ -632,14 +655,14 @@ def train_lm(
     packed: bool = True,    # rows cut from one stream; False: rows of one document each
     shuffle: bool = True,   # a fresh order every epoch; False: rows in the order of the texts
     candidates: int = 1,    # batches drawn per step for a policy to choose from
-    policy=None,            # `init` and `step`, see above
+    policy=None,            # `init` and `step` (and `draw`), see above
     reference=None,         # a TrainedLM whose losses the policy may read
     validation_texts=None,  # held-out documents
     validate_every: int = 0,  # steps between evaluations on them, noted in the curve
     device=None,            # cuda, mps or cpu, whichever is there first
     checkpoint_every: int = 200,  # steps between checkpoints; 0: none
 ) -> TrainedLM:
-    """A causal language model trained from scratch on `texts`; cached, and resumed after a kill.
+    """A causal language model trained on `texts`, from scratch or from another; cached, and resumed after a kill.
 
     Raises ValueError for texts that are no strings, sizes below one, an unknown schedule, or a policy that answers out
     of shape."""

@@ -156,9 +156,14 @@ def pack(texts, tokenizer, block=128) -> Blocks:
 
 
 def windows(texts, tokenizer, block=128) -> Blocks:
-    "Rows of up to `block` targets of one document each, in order; a longer document gets several rows."
+    """Rows of up to `block` targets of one document each, in order; a longer document gets several rows.
+
+    A document is read after end-of-text, or after `tokenizer.bos` where the tokenizer has such an id."""
     stream, document, starts = _stream(texts, tokenizer)
     position = np.arange(stream.size) - starts[document]
     per_document = -(-np.diff(starts, append=stream.size) // block)
-    row = (np.cumsum(per_document) - per_document)[document] + position // block
-    return _rows(stream, document, row, position % block, per_document.sum(), block, tokenizer.eot)
+    first = np.cumsum(per_document) - per_document
+    out = _rows(stream, document, first[document] + position // block, position % block, per_document.sum(), block,
+                tokenizer.eot)
+    out.tokens[first, 0] = getattr(tokenizer, "bos", tokenizer.eot)
+    return out
