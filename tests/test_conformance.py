@@ -4,6 +4,7 @@ import pytest
 
 from selectbench import methods
 from selectbench.core.conformance import CHECKS, check_method, conformance, planted
+from selectbench.core.policy import POLICY_CHECKS, planted_policies
 
 
 @pytest.mark.parametrize("name", list(methods))
@@ -21,7 +22,14 @@ def test_every_check_has_a_planted_method():
     assert {c.__name__ for c in CHECKS} <= set(planted())
 
 
+@pytest.mark.parametrize(("check", "bad"), planted_policies(), ids=lambda x: x.__name__)
+def test_planted_bad_policy_is_caught(check, bad): assert check(bad)
+
+
+def test_every_policy_check_has_a_planted_policy(): assert {c for c, _ in planted_policies()} == set(POLICY_CHECKS)
+
+
 def test_exemptions_have_reasons():
     for card in methods.cards():
         for check, reason in card["exempt"].items():
-            assert check in {c.__name__ for c in CHECKS} and len(reason) > 10, (card["name"], check)
+            assert check in {c.__name__ for c in (*CHECKS, *POLICY_CHECKS)} and len(reason) > 10, (card["name"], check)

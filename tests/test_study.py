@@ -155,3 +155,29 @@ def test_methods_that_buy_labels_run_in_a_study(tmp_path, monkeypatch):
     assert again.run()["cached"].all() and again.run(n_jobs=2)["value"].tolist() == rows["value"].tolist()
     other = study((y + 1) % 3)
     assert not other.run()["cached"].any()
+
+
+def test_a_policy_in_a_study():
+    "A policy is made from the task's signals and the budget, and evaluated in place of a selection."
+    from dataclasses import KW_ONLY, dataclass
+
+    @method("token", paper="An example", kind="policy", name="policy_example")
+    @dataclass(frozen=True)
+    class Example:
+        groups: np.ndarray
+        sparsity: float
+        _: KW_ONLY
+        rate: float = 2.0
+
+        def init(self, n, *, documents, steps, seed): return {}
+        def step(self, state, signals): return state, None
+
+    worth = lambda chosen, seed: {"score": chosen.rate * chosen.sparsity + chosen.groups.sum() + seed}
+    task = Task("policies", signals={"n": 3, "groups": np.array([0, 1, 1])}, evaluate=worth, fingerprint="policies",
+                accepts=("policy",))
+    study = Study(task, [Setting(Example, {"rate": 4.0}, label="four"), "policy_example"], budgets=[0.25, 0.5], seeds=2)
+    table = study.run().set_index(["method", "budget", "seed"])["value"]
+    assert table["four", 0.5, 1] == 4 * 0.5 + 2 + 1 and table["policy_example", 0.25, 0] == 2 * 0.25 + 2
+    assert len(study.errors()) == len(study.run().query("method in ('random', 'everything')"))  # no policies, these
+    with pytest.raises(ValueError, match="`sparsity`"): Example(np.array([0, 1]), 1.5)
+    with pytest.raises(ValueError, match="`groups`"): Example(np.array([0.5, 1]), 0.5)

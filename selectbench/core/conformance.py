@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from .policy import POLICY_CHECKS, _made, _walk, random_run
 from .registry import SELECTS, Card, Method, _parameters, methods
 from .selection import Selection
 from .task import Task, requested
@@ -30,7 +31,10 @@ def _signals(fn, seed=0, **sizes):
 
 
 def _call(fn, signals, k=5, seed=0):
-    "Call `fn` on copies of nothing: the very arrays in `signals`, with budget `k` and `seed` where it takes one."
+    """Call `fn` on copies of nothing: the very arrays in `signals`, with budget `k` and `seed` where it takes one.
+
+    A policy is made from them and taken through a run that never was."""
+    if fn.card.kind == "policy": return list(_walk(_made(fn, **signals), random_run(), seed))
     budget = {b: k if b == "k" else BUDGET[b] for b in fn.card.budgets}
     return fn(**signals, **budget, **({"seed": seed} if "seed" in fn.card.options else {}))
 
@@ -246,9 +250,13 @@ def _run_check(check, fn):
 
 
 def conformance(name):
-    "A dict check -> what is wrong with the method (empty: passed; `exempt: reason`). Classes have no checks here."
-    fn = name if isinstance(name, Method) else methods[name]
-    return {c.__name__: _run_check(c, fn) for c in CHECKS} if isinstance(fn, Method) else {}
+    """A dict check -> what is wrong with the method (empty: passed; `exempt: reason`).
+
+    Policies have checks of their own; other classes have none."""
+    fn = methods[name] if isinstance(name, str) else name
+    watched = (no_io, no_global_random)
+    checks = CHECKS if isinstance(fn, Method) else (*POLICY_CHECKS, *watched) if fn.card.kind == "policy" else ()
+    return {c.__name__: _run_check(c, fn) for c in checks}
 
 
 def check_method(name):
@@ -260,7 +268,7 @@ def check_method(name):
 def conformance_table(names=None):
     "A DataFrame, methods x checks: `ok`, `exempt` with its reason, or what is wrong."
     import pandas as pd
-    return pd.DataFrame({n: conformance(n) for n in names or methods}).T.replace("", "ok")
+    return pd.DataFrame({n: conformance(n) for n in names or methods}).T.replace("", "ok").fillna("")
 
 # %% ../../nbs/core/conformance.ipynb #d5de970a
 def planted():

@@ -84,8 +84,19 @@ def _check_budget(name, value, size):
         if not 1 <= value <= size: raise ValueError(f"`k` must lie in [1, {size}], got {value}")
     elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         raise ValueError(f"`{name}` must be a non-negative number, got {value!r}")
+    elif name == "sparsity" and value > 1: raise ValueError(f"`sparsity` must lie in [0, 1], got {value}")
 
 # %% ../../nbs/core/registry.ipynb #82750464
+def _check_values(card, values):
+    "Put the checked form of the signals of `card` into `values`, check its budgets too; the size of the pool."
+    given = {s: values[s] for s in card.signals if SIGNALS[s].dtype != "callable"}
+    checked, sizes = check_signals(given)
+    values.update(checked)
+    size = sizes.get(SELECTS.get(card.selects, "n"))
+    for b in card.budgets: _check_budget(b, values[b], size)
+    return size
+
+# %% ../../nbs/core/registry.ipynb #89697f4b
 class Method:
     "A registered function: the same call, with inputs checked and the result completed. `card` holds what it declares."
     def __init__(self, fn, card):
@@ -96,11 +107,7 @@ class Method:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         values = bound.arguments
-        given = {s: values[s] for s in self.card.signals}
-        checked, sizes = check_signals({s: v for s, v in given.items() if SIGNALS[s].dtype != "callable"})
-        values.update(checked)
-        size = sizes.get(SELECTS.get(self.card.selects, "n"))
-        for b in self.card.budgets: _check_budget(b, values[b], size)
+        size = _check_values(self.card, values)
         oracle = self._oracle(values, size)
         start = time.perf_counter()
         return self._complete(self.__wrapped__(*bound.args, **bound.kwargs), time.perf_counter() - start, oracle)
@@ -141,15 +148,29 @@ def method(family, *, paper, key=None, kind="method", returns="selection", selec
         label = name or fn.__name__
         plain = not inspect.isclass(fn)
         owner = exporting_module(fn)
-        schema = _parameters(fn, label) if plain else ((), (), ())
+        schema = _parameters(fn, label) if plain or kind == "policy" else ((), (), ())
         card = Card(label, family, kind, returns, selects, paper, key, *schema, owner, _notebook(owner),
                     deterministic, ranking, replacement,
                     (fn.__doc__ or "").strip().split("\n")[0], authors, year, url, dict(exempt or {}))
         _claim(label, owner)
         if not plain: fn.card = card
+        if kind == "policy": _guard(fn)
         _REGISTERED[label] = Method(fn, card) if plain else fn
         return _REGISTERED[label]
     return register
+
+# %% ../../nbs/core/registry.ipynb #a19c734d
+def _guard(cls):
+    "Make `cls` check the signals and budgets that an instance is made from."
+    signature, made = inspect.signature(cls), cls.__init__
+
+    def __init__(self, *args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        _check_values(cls.card, bound.arguments)
+        made(self, *bound.args, **bound.kwargs)
+
+    cls.__init__ = update_wrapper(__init__, made)
 
 # %% ../../nbs/core/registry.ipynb #f5cbe60d
 def _notebook(module):

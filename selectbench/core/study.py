@@ -17,13 +17,13 @@ from scipy import stats
 
 from .cache import CachedCall, cache_mode, cached
 from .progress import progress
-from .registry import Method, methods
+from .registry import methods
 
 # %% ../../nbs/core/study.ipynb #32276112
 @dataclass(frozen=True)
 class Setting:
     "A method with options: `label` names the row, `trials` counts how many settings were tried to find this one."
-    method: object                                # name or registered method
+    method: object                                # name, registered method, or the class of a registered policy
     options: Mapping = field(default_factory=dict)
     label: str = ""
     trials: int = 1
@@ -31,7 +31,7 @@ class Setting:
     @property
     def fn(self):
         "The registered method."
-        return self.method if isinstance(self.method, Method) else methods[self.method]
+        return methods[self.method] if isinstance(self.method, str) else self.method
 
     @property
     def name(self):
@@ -50,11 +50,12 @@ def study_cell(task, fn, signals, budget, options, seed, train_seed):
     "Select with `fn` from `signals`, evaluate on `task`: metrics, size, and the seconds and costs of each step."
     values = {k: v.get() if isinstance(v, CachedCall) else v for k, v in signals.items()}
     if "seed" in fn.card.options: options = {**options, "seed": seed}
-    chosen = fn(**values, **budget, **options)
+    chosen = fn(**values, **budget, **options)  # a policy is made here, and chooses while `evaluate` trains
     start = time.perf_counter()
     metrics = task.evaluate(chosen, train_seed)
-    cost = {k: chosen.cost.get(k, 0) for k in ("labels", "forward", "backward")}
-    return {"metrics": metrics, "size": chosen.k, "select_seconds": chosen.cost["seconds"],
+    spent = getattr(chosen, "cost", {})
+    cost = {k: spent.get(k, 0) for k in ("labels", "forward", "backward")}
+    return {"metrics": metrics, "size": getattr(chosen, "k", task.n), "select_seconds": spent.get("seconds", 0.0),
             "evaluate_seconds": time.perf_counter() - start, **cost}
 
 # %% ../../nbs/core/study.ipynb #d927c828

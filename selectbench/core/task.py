@@ -110,10 +110,18 @@ Task.lazy_signal, Task.signal, Task._fresh_oracle = _lazy_signal, _signal, _fres
 
 # %% ../../nbs/core/task.ipynb #1ece5b8b
 def _evaluate(self, selection, seed=0):
-    "What `selection` is worth: dict metric -> float. `seed` is the seed of training, apart from that of choosing."
+    """What `selection` is worth: dict metric -> float. `seed` is the seed of training, apart from that of choosing.
+
+    A task that accepts `policy` takes a policy in its place."""
+    if "policy" in self.accepts and hasattr(selection, "step"): return self._worth(selection, seed)
     if not isinstance(selection, Selection): raise ValueError(f"`selection` must be a Selection, got {type(selection)}")
     if selection.n != self.n: raise ValueError(f"`selection` is of {selection.n} items, the task has {self.n}")
-    return {metric: float(value) for metric, value in self._evaluate(selection, seed).items()}
+    return self._worth(selection, seed)
+
+
+def _worth(self, choice, seed):
+    "The task's own evaluation, as floats."
+    return {metric: float(value) for metric, value in self._evaluate(choice, seed).items()}
 
 
 def _fold(self, seed):
@@ -123,7 +131,7 @@ def _fold(self, seed):
     return self._folds[seed]
 
 
-Task.evaluate, Task.fold = _evaluate, _fold
+Task.evaluate, Task._worth, Task.fold = _evaluate, _worth, _fold
 
 # %% ../../nbs/core/task.ipynb #3ac471f5
 def _split(X, y, seed, test_size, validation_size, stratify):

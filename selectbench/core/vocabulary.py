@@ -144,7 +144,7 @@ def _training_table():
         "mixture_scores": (("u",), f, "performance after each training", lambda rng, z: rng.random(z["u"]).astype(f)),
         "skills_graph": (("g", "g"), f, "how much training on group i lowers the loss of group j",
                          lambda rng, z: rng.random((z["g"], z["g"])).astype(f)),
-        "model_gradients": (("m", "n", "p"), f, "(projected) per-example gradients of m models", _normal("m", "n", "p")),
+        "model_gradients": (("m", "n", "p"), f, "per-example gradients of m models, projected", _normal("m", "n", "p")),
         "model_target_gradients": (("m", "q", "p"), f, "the same of the target", _normal("m", "q", "p")),
         "true_probs": (("m", "n"), f, "probability of the right class by m models",
                        lambda rng, z: rng.beta(4, 2, (z["m"], z["n"])).astype(f)),

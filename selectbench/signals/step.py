@@ -27,7 +27,8 @@ def _as_it_was(model):
 def row_losses(model, blocks, weights=None) -> torch.Tensor:
     """f32[b], the mean token loss of each row of `blocks` under `model`, differentiable.
 
-    `weights` (name -> tensor) stand in for the module's own parameters if given. ValueError for `blocks` without rows."""
+    `weights` (name -> tensor) stand in for the module's own parameters if given.
+    ValueError for `blocks` without rows."""
     if not len(blocks): raise ValueError("`blocks` has no rows")
     with _as_it_was(model) as device:
         ids = torch.from_numpy(np.ascontiguousarray(blocks.tokens)).to(device).long()
