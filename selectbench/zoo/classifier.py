@@ -42,6 +42,7 @@ def _forward(weights, x):
 
 # %% ../../nbs/zoo/classifier.ipynb #e8abe183
 _MEMORY = 2**25  # floats that a batch of gradients may hold
+_KEPT = 2**26  # floats of a projection that are kept between batches
 _BLOCK = 2**22  # floats that a block of the projection holds; part of what a seed means
 
 
@@ -58,7 +59,7 @@ def _example_gradients(weights, names, x, y):
 class Projection:
     """A seeded Gaussian matrix [p, size] of variance 1/size: called with f32[n, p], gives their product f32[n, size].
 
-    It is made block by block, each from a seed of its own. With at most `_MEMORY` numbers the blocks are kept for the
+    It is made block by block, each from a seed of its own. With at most `_KEPT` numbers the blocks are kept for the
     next call; a larger matrix is made anew each time, so that memory is bounded for any p."""
     def __init__(self, p, size, seed, device="cpu"):
         self.p, self.size, self.seed, self.device, self._kept = p, size, seed, device, None
@@ -72,7 +73,7 @@ class Projection:
 
     def __call__(self, x):
         blocks = self._kept or self._blocks()
-        if self._kept is None and self.p * self.size <= _MEMORY: blocks = self._kept = list(blocks)
+        if self._kept is None and self.p * self.size <= _KEPT: blocks = self._kept = list(blocks)
         out, start = torch.zeros(len(x), self.size, device=self.device), 0
         for block in blocks:
             out.addmm_(x[:, start:start + len(block)], block)
