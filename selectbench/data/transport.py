@@ -29,7 +29,7 @@ def _prices(cost, a, b, scale):
     import ot  # here, since it looks for every array library that is installed, torch too
     if not scale: return ot.emd2(a, b, cost, log=True, numItermax=10**7)[1]["v"]
     low = cost.min(axis=1, keepdims=True); g = (cost - low).min(axis=0)
-    log = ot.sinkhorn(a, b, cost - low - g, scale, numItermax=100_000, stopThr=1e-9, log=True)[1]
+    log = ot.sinkhorn(a, b, cost - low - g, scale, numItermax=10_000, stopThr=1e-9, log=True)[1]
     return g + scale * np.log(log["v"] / b)
 
 
@@ -40,7 +40,8 @@ def transport(
 ):
     """The distance and the prices (f f64[n], g f64[q]) of moving `mass` to a uniform target.
 
-    f is the gradient of the distance with respect to `mass`, up to a constant. ValueError for a negative `epsilon`."""
+    f is the gradient of the distance with respect to `mass`, up to a constant. POT warns where Sinkhorn's iterations
+    do not converge: take more entropy, or none. ValueError for a negative `epsilon`."""
     if epsilon < 0: raise ValueError(f"`epsilon` must not be negative, got {epsilon}")
     n, q = cost.shape
     a, b = np.full(n, 1 / n) if mass is None else mass, np.full(q, 1 / q)
@@ -51,7 +52,7 @@ def transport(
 
 # %% ../../nbs/data/transport.ipynb #975ff211
 def calibrated(f):
-    "f_i minus the mean of the other f_j: the slope of the distance when example i gains mass and all others lose alike."
+    "f_i minus the mean of the other f_j: the slope of the distance as example i gains mass and all others lose alike."
     n = len(f)
     return (f - f.mean()) * n / max(n - 1, 1)
 
@@ -66,7 +67,7 @@ def got_d(embeddings, target_embeddings, k, *, epsilon=0.01) -> Selection:
     `embeddings` f32[n, d], `target_embeddings` f32[q, d]; `epsilon` is the entropy in units of the mean cost, 0 solves
     exactly. The score is minus the calibrated gradient; `info["distance"]` the distance of the pool now. Equal examples
     get equal scores (ties go to the lower index), examples that are in the target too are scored like all others. Holds
-    two n x q matrices. ValueError for an empty target or a negative `epsilon`. Kang et al. 2024."""
+    a few n x q matrices. ValueError for an empty target or a negative `epsilon`. Kang et al. 2024."""
     distance, f, _ = transport(feature_cost(embeddings, target_embeddings), epsilon=epsilon)
     return Selection.from_scores(-calibrated(f), k, info={"distance": distance})
 
@@ -125,12 +126,12 @@ class PerformanceModel:
 
 # %% ../../nbs/data/transport.ipynb #fdd0fae6
 def fit_performance(cost, groups, mixtures, mixture_sizes, mixture_scores, *, degree=2, epsilon=0.01):
-    """`PerformanceModel` from the pilots' `mixtures` f[u, g], sizes int[u] and scores f[u]; least squares, shortest if many.
+    """A `PerformanceModel` from pilots: `mixtures` f[u, g], sizes int[u], scores f[u]; the shortest least-squares fit.
 
     N0 and N1 are the smallest and the largest size. ValueError for one size only, a source that the pilots used
     and `groups` lacks, or a negative `degree`."""
     n0, n1 = int(mixture_sizes.min()), int(mixture_sizes.max())
-    if not 0 < n0 < n1: raise ValueError(f"`mixture_sizes` must be positive and hold two different sizes, got {n0} to {n1}")
+    if not 0 < n0 < n1: raise ValueError(f"`mixture_sizes` must hold two sizes or more, all positive, got {n0} to {n1}")
     if degree < 0: raise ValueError(f"`degree` must not be negative, got {degree}")
     missing = np.setdiff1d(np.flatnonzero(mixtures.sum(axis=0)), groups)
     if len(missing): raise ValueError(f"`groups` has no example of {missing.tolist()}, which `mixtures` use")
@@ -142,17 +143,27 @@ def fit_performance(cost, groups, mixtures, mixture_sizes, mixture_scores, *, de
     return replace(model, coef=coef.reshape(design.shape[1:]))
 
 # %% ../../nbs/data/transport.ipynb #27b665d8
+def _starts(most):
+    "f64[1 + g, g]: shares in proportion to `most`, and for each source as much of it as may be, the others as before."
+    even = most / most.sum()
+    lead = np.minimum(most, 1)
+    rest = even * (1 - lead)[:, None] / np.maximum(1 - even, 1e-12)[:, None]
+    return np.vstack([even, np.where(np.eye(len(most), dtype=bool), lead, rest)])
+
+
 def best_mixture(model, size, most):
-    "The mixture f64[g] of highest predicted performance at `size`, with no share above `most` f64[g] (whose sum is >= 1)."
+    """The mixture f64[g] of highest predicted performance at `size`, no share above `most` f64[g] (of sum 1 or more).
+
+    A local optimum: sequential quadratic programming from the best of the even mixture and one led by each source."""
     def loss(p):
         value, gradient = model.predict(p, size)
         return -value, -gradient
+    start = min(_starts(most), key=lambda p: loss(p)[0])
     simplex = {"type": "eq", "fun": lambda p: p.sum() - 1, "jac": np.ones_like}
-    start = most / most.sum()
     found = minimize(loss, start, jac=True, method="SLSQP", bounds=[(0, m) for m in most], constraints=simplex,
                      options={"ftol": 1e-9})
-    p = np.clip(found.x, 0, most)
-    return p / p.sum() if loss(p / p.sum())[0] < loss(start)[0] else start
+    p = np.clip(found.x, 0, most); p /= p.sum()
+    return p if loss(p)[0] < loss(start)[0] else start
 
 
 def counts(mixture, k, room):
@@ -164,17 +175,18 @@ def counts(mixture, k, room):
     return count
 
 # %% ../../nbs/data/transport.ipynb #fde80419
-@method("data", paper="Performance Scaling via Optimal Transport: Enabling Data Selection from Partially Revealed Sources",
-        key="projektor", year=2023, authors="Kang, Feiyang and Just, Hoang Anh and Sahu, Anit Kumar and Jia, Ruoxi",
-        url="https://arxiv.org/abs/2307.02460")
+@method("data", paper="Performance Scaling via Optimal Transport: Enabling Data Selection from Partially Revealed "
+        "Sources", key="projektor", year=2023, url="https://arxiv.org/abs/2307.02460",
+        authors="Kang, Feiyang and Just, Hoang Anh and Sahu, Anit Kumar and Jia, Ruoxi")
 def projektor(embeddings, y, groups, target_embeddings, target_y, mixtures, mixture_sizes, mixture_scores, k, *,
               degree=2, epsilon=0.01, label_weight=1.0, seed=0) -> Selection:
-    """`k` examples, in the mixture of `groups` whose predicted performance at size `k` is highest, random within a group.
+    """`k` examples in the mixture of `groups` whose predicted performance at size `k` is highest; random in a group.
 
     `embeddings` f32[n, d] with labels `y` and sources `groups`, the same of the target [q, d], and pilots: `mixtures`
-    f32[u, g], `mixture_sizes` int[u], `mixture_scores` f32[u] (higher is better). `degree` of the fit, `epsilon` entropy
-    in units of the mean cost, `label_weight` of label distances. `info`: `mixture`, `prediction`, `distance`. The mixture is
-    a local optimum reached from the pool's own shares. ValueErrors: `fit_performance`. Kang et al. 2023."""
+    f32[u, g], `mixture_sizes` int[u], `mixture_scores` f32[u] (higher is better). `degree` of the fit, `epsilon`
+    entropy in units of the mean cost, `label_weight` of label distances. `info`: `mixture`, `prediction`, `distance`.
+    The mixture is a local optimum, see `best_mixture`. ValueErrors: `fit_performance`, empty target.
+    Kang et al. 2023."""
     cost = labelled_cost(embeddings, y, target_embeddings, target_y, label_weight=label_weight)
     model = fit_performance(cost, groups, mixtures, mixture_sizes, mixture_scores, degree=degree, epsilon=epsilon)
     room = np.bincount(groups, minlength=mixtures.shape[1])
