@@ -17,9 +17,9 @@ from .text import LLM_ADAPTERS, docstrings, headlines, llm_adapters, tinyshakesp
 
 # %% ../../nbs/pools/mixed.ipynb #ad99e5dc
 def near_equal(texts, size=600):
-    """The texts, in order, as documents of about `size` characters: short neighbours joined, long ones cut at white space.
+    """The texts, in order, as documents of about `size` characters: short neighbours joined, long ones cut.
 
-    No character but white space at a cut is lost; every document but the last has from size / 2 to 3 size / 2 of them,
+    Cuts are at white space. No character but white space at a cut is lost; every document but the last has from size / 2 to 3 size / 2 of them,
     unless a single word is longer. ValueError for `size` below 1."""
     if size < 1: raise ValueError(f"`size` must be at least 1, got {size}")
     documents, open_, length = [], [], 0
@@ -68,18 +68,17 @@ def _domains():
 def mixed_domains(size: int = 600, per_domain: int = 1500) -> Pool:
     """Documents of about `size` characters from five domains: `texts`, `groups` int64[n] (the domain), `group_names`.
 
-    wikipedia, shakespeare, questions, headlines, documentation, at most `per_domain` of each, those of a domain drawn at
-    random and in the order of their source. Without the published collections: a domain per installed package.
+    wikipedia, shakespeare, questions, headlines, documentation, at most `per_domain` of each, drawn at random and in the order of their source. Without the published collections: a domain per installed package.
     ValueError for a number below 1."""
     if per_domain < 1: raise ValueError(f"`per_domain` must be at least 1, got {per_domain}")
     texts, groups, names = [], [], []
-    for g, (name, source) in enumerate(_domains().items()):
-        documents = near_equal(source, size)
+    for g, (name, parts) in enumerate(_domains().items()):
+        documents = near_equal(parts, size)
         kept = np.sort(np.random.default_rng(g).permutation(len(documents))[:per_domain])
         texts += [documents[i] for i in kept]
         groups += [g] * len(kept)
         names.append(name)
     columns = {"texts": texts, "groups": np.array(groups, dtype=np.int64), "group_names": names}
     return Pool("mixed", digest((size, per_domain, texts))[:16], columns, len(texts), {
-        "source": "the pools of text, see each", "licence": "each source's own", "citation": "the authors of each source",
+        "source": "the pools of text, see each", "licence": "each source's own", "citation": "its authors",
         "columns": {"texts": "a document", "groups": "its domain"}, "url": ""}, ("group_names",))
