@@ -64,3 +64,14 @@ def test_bought_labels_survive_a_failing_oracle_and_are_counted():
     assert failed.value.selection.index.tolist() == done.index[:2].tolist()
     oracle = Oracle(y, 9); asks(x, oracle, 3)
     assert oracle.spent == 3
+
+
+def test_a_budget_in_tokens():
+    chosen = Selection([3, 0, 2, 1], n=4, score=[3, 1, 2, 4], weight=[.1, .2, .3, .4])
+    sizes = np.array([5, 1, 2, 9])
+    kept = chosen.within(sizes, 8)  # 3 alone is too large; 0 and 2 fit, and 1 as well
+    assert kept.index.tolist() == [0, 2, 1] and kept.weight.tolist() == [.2, .3, .4] and kept.n == 4
+    assert chosen.within(sizes, 7).index.tolist() == [0, 2] and chosen.within(sizes, 17).k == 4
+    with pytest.raises(ValueError, match="`n_tokens`"): chosen.within(sizes, 0.5)
+    for bad in (sizes[:3], -sizes, sizes * np.nan):
+        with pytest.raises(ValueError, match="`sizes`"): chosen.within(bad, 8)

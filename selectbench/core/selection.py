@@ -127,6 +127,24 @@ def _take(self, x):
 
 Selection.mask, Selection.take = _mask, _take
 
+# %% ../../nbs/core/selection.ipynb #c362ee00
+def _within(self, sizes, n_tokens):
+    """The first of the chosen whose `sizes` (f[n], for example in tokens) add up to at most `n_tokens`.
+
+    Members larger than `n_tokens` by themselves are passed over. ValueError for sizes of another length, below zero or
+    not finite, and for a budget that no chosen member fits."""
+    sizes = np.asarray(sizes, dtype=np.float64)
+    if sizes.shape != (self.n,) or not np.isfinite(sizes).all() or sizes.min(initial=0) < 0:
+        raise ValueError(f"`sizes` must hold {self.n} finite numbers of at least 0, got shape {sizes.shape}")
+    fit = np.flatnonzero(sizes[self.index] <= n_tokens)
+    kept = fit[np.cumsum(sizes[self.index[fit]]) <= n_tokens]
+    if not kept.size: raise ValueError(f"`n_tokens` is {n_tokens}, which none of the {self.k} chosen members fits")
+    weight = None if self.weight is None else self.weight[kept]
+    return replace(self, index=self.index[kept], weight=weight)
+
+
+Selection.within = _within
+
 # %% ../../nbs/core/selection.ipynb #efdade6f
 class IndexSampler:
     "Yields the chosen positions, in order or freshly shuffled each epoch; a DataLoader takes it as `sampler`."
