@@ -14,6 +14,7 @@ from selectbench.data.transport import (
     got_d,
     labelled_cost,
     projektor,
+    size_weights,
     transport,
 )
 
@@ -53,8 +54,7 @@ def test_calibration_is_that_of_lava():
     (500, 0.6645244354324275), (1200, 0.7724830143393394), (10_000, 1.0339436793633796)])
 def test_size_scaling_is_that_of_projektor(size, theirs):
     "`Projector.project_performance` from 0.75 at 1,000 and 0.80 at 1,500."
-    weights = PerformanceModel(None, None, (1000, 1500), None).weights(size)
-    assert np.isclose(weights @ [0.75, 0.80], theirs, rtol=0, atol=1e-14)
+    assert np.isclose(size_weights((1000, 1500), size) @ [0.75, 0.80], theirs, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("epsilon", [0, 0.01, 0.1])
