@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from selectbench import methods
 from selectbench.core.vocabulary import sample_signals
@@ -12,6 +14,7 @@ from selectbench.data.weights import (
     SCORES,
     DRRho,
     LossReweighting,
+    _resampled,
     draw_pairs,
     implied_resampling,
     loss_weights,
@@ -120,3 +123,30 @@ def test_a_class_that_only_the_target_has_counts_as_missed():
 def test_registered_under_their_keys():
     keys = {n: methods[n].card.key for n in ("loss_reweighting", "drrho", "selective_mixup")}
     assert list(keys.values()) == ["dynamic-loss-reweighting", "drrho", "selective-mixup-resampling"]
+
+
+def test_rows_against_fits_written_out():
+    "ERM and resampling alone, with the weights of the closed form, by hand; the marginals by counting."
+    s = sample_signals(NAMES, 5)
+    frame = selective_mixup(**s).set_index(["variant", "rule"])
+    scale = StandardScaler().fit(s["features"])
+    x, target = scale.transform(s["features"]), scale.transform(s["target_features"])
+    for rule in RULES:
+        p = implied_resampling(s["y"], s["groups"], rule)
+        right = LogisticRegression(max_iter=1000).fit(x, s["y"], sample_weight=40 * p).predict(target) == s["target_y"]
+        row = frame.loc[("ERM" if rule == "any" else "resampling", rule)]
+        assert row.accuracy == right.mean() and row.recall_1 == right[s["target_y"] == 1].mean()
+        assert np.isclose(row.class_2, p[s["y"] == 2].sum()) and np.isclose(row.group_0, p[s["groups"] == 0].sum())
+
+
+def test_resampling_draws_every_example_as_often_as_it_should():
+    p = np.random.default_rng(0).dirichlet(np.ones(30))
+    count = np.bincount(_resampled(p, 120, np.random.default_rng(1)), minlength=30)
+    assert count.sum() == 120 and (abs(count - 120 * p) < 1).all()
+
+
+def test_pairs_across_two_classes_halve_them_in_the_frame():
+    s = sample_signals(NAMES, c=2)
+    s["y"] = (np.arange(40) < 5).astype(np.int64)
+    across = selective_mixup(**s).query("rule == 'other class'")
+    assert np.allclose(across[["class_0", "class_1"]], 0.5) and len(across) == 3

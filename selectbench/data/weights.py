@@ -133,15 +133,15 @@ def allowed_pairs(cells, rule) -> np.ndarray:
 
 
 def _cells(y, groups, rule):
-    "cells int[c, 2], the cell of each example int[n], allowed bool[c, c], partners of an example of each cell int[c]."
+    "The cell of each example int[n], allowed bool[c, c], how many partners an example of each cell has int[c]."
     cells, cell, size = np.unique(np.stack([y, groups], 1), axis=0, return_inverse=True, return_counts=True)
     allowed = allowed_pairs(cells, rule)
-    return cells, cell.ravel(), allowed, allowed @ size
+    return cell.ravel(), allowed, allowed @ size
 
 # %% ../../nbs/data/weights.ipynb #21471fa6
 def implied_resampling(y, groups, rule) -> np.ndarray:
     "f64[n] that sum to one: how often each example is a member of the pairs of `rule`, mixed or not."
-    _, cell, allowed, partners = _cells(y, groups, rule)
+    cell, allowed, partners = _cells(y, groups, rule)
     n = len(cell)
     first = np.bincount(cell) / n
     second = (first / np.maximum(partners, 1)) @ allowed + (partners == 0) / n
@@ -150,7 +150,7 @@ def implied_resampling(y, groups, rule) -> np.ndarray:
 
 def draw_pairs(y, groups, rule, size, rng):
     "int64[size] and int64[size]: first members, each example as often as any other, and partners drawn by `rule`."
-    _, cell, allowed, _ = _cells(y, groups, rule)
+    cell, allowed, _ = _cells(y, groups, rule)
     first = rng.permutation(np.resize(rng.permutation(len(cell)), size))
     second = first.copy()
     for c, mine in enumerate(allowed):
