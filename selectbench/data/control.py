@@ -79,7 +79,7 @@ def project_simplex(v) -> np.ndarray:
 
 # %% ../../nbs/data/control.ipynb #6ad9d3b2
 def gumbel_top_k(score, k, temperature, rng) -> np.ndarray:
-    "int64[k], distinct positions drawn one by one in proportion to exp(`score` / `temperature`); the highest if that is 0."
+    "int64[k], distinct, drawn one by one in proportion to exp(`score` / `temperature`); the highest if that is 0."
     return top_k(np.asarray(score) + temperature * rng.gumbel(size=len(score)), k)
 
 
@@ -117,7 +117,8 @@ def _table(features, y, target_features, target_y):
 
 # %% ../../nbs/data/control.ipynb #e136c167
 @method("data", key="pds", paper="Data Selection via Optimal Control for Language Models", year=2025,
-        authors="Gu, Yuxian and Dong, Li and Wang, Hongning and Hao, Yaru and Dong, Qingxiu and Wei, Furu and Huang, Minlie",
+        authors="Gu, Yuxian and Dong, Li and Wang, Hongning and Hao, Yaru and Dong, Qingxiu and Wei, Furu and Huang, "
+                "Minlie",
         url="https://arxiv.org/abs/2410.07064",
         exempt={"follows_shuffle": "300 trainings would take minutes; its test shuffles with the noise turned off"})
 def pds(features, y, target_features, target_y, k, *, hidden=(), steps=100, lr=0.3, epochs=1, alpha=0.5,
@@ -126,10 +127,10 @@ def pds(features, y, target_features, target_y, k, *, hidden=(), steps=100, lr=0
 
     `features` f32[n, d], `y` int[n]; `target_features` f32[q, d], `target_y` int[q]. The proxy has layers of `hidden`
     tanh units (none: softmax regression) and makes `steps` steps of gradient descent on all rows with rate `lr`.
-    `epochs` updates of the weights, each of `alpha` uniform weights per standard deviation of the gains; `temperature` of
-    the Gumbel noise in standard deviations of the score. `info`: `gamma` f64[n], the weights after the last update;
-    `area` f64[epochs], the mean target loss of each run. ValueError for an empty target, a single class, a diverging
-    run. Gu et al. 2025, algorithm 1 and section 2.3."""
+    `epochs` updates of the weights, each of `alpha` uniform weights per standard deviation of the gains;
+    `temperature` of the Gumbel noise in standard deviations of the score. `info`: `gamma` f64[n], the weights after
+    the last update; `area` f64[epochs], the mean target loss of each run. ValueError for an empty target, a single
+    class, a diverging run. Gu et al. 2025, algorithm 1 and section 2.3."""
     (x, labels), (x_target, target_labels), classes = _table(features, y, target_features, target_y)
     params = _network((x.shape[1], *hidden, classes), np.random.default_rng([seed, 0]))
     losses = lambda p: _cross_entropy(p, x, labels)
@@ -158,9 +159,10 @@ def row_embeddings(embeddings, documents) -> np.ndarray:
 
 
 def influence_model(embeddings, probe, gains) -> np.ndarray:
-    """float64[n]: predicted influence of every row of `embeddings` f[n, d], in standard deviations of the `gains` of `probe`.
+    """float64[n]: predicted influence of every row of `embeddings` f[n, d], from the `gains` of the rows `probe`.
 
-    Ridge regression on standardised columns; the penalty is that of the least leave-one-out error."""
+    In standard deviations of the `gains`. Ridge regression on standardised columns; the penalty is that of the least
+    leave-one-out error."""
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 5, 13)))
     return model.fit(embeddings[probe], _standardised(gains)).predict(embeddings)
 
@@ -170,7 +172,7 @@ def influence_model(embeddings, probe, gains) -> np.ndarray:
         url="https://arxiv.org/abs/2406.06046")
 @dataclass(frozen=True)
 class Mates:
-    """Rows drawn stage by stage, by the influence on the target that a regression predicts from one-step gains of a few.
+    """Rows drawn stage by stage, by the influence on the target that a regression predicts from a probe's gains.
 
     `embeddings` f32[n, d] of the documents; `sparsity` is the share of rows left out of each stage after the first. The
     target is `validation_texts` of the run. `probes` rows are measured per stage with a step of length `probe_lr`;
@@ -199,7 +201,8 @@ class Mates:
 
     def draw(self, state, step, n, size, seed):
         "int64[size]: the next rows of this stage."
-        return state["rows"][np.arange((step - state["start"]) * size, (step - state["start"] + 1) * size) % len(state["rows"])]
+        first = (step - state["start"]) * size
+        return state["rows"][np.arange(first, first + size) % len(state["rows"])]
 
     def step(self, state, signals):
         "Everything drawn is trained on; at the end of a stage, the rows of the next."
@@ -218,7 +221,8 @@ def _next_stage(self, state, start, signals):
     if not np.isfinite(gains).all(): raise ValueError(f"`probe_lr` of {self.probe_lr} makes a probe's step diverge")
     scores = influence_model(row_embeddings(self.embeddings, pool.documents), probe, gains)
     chosen = gumbel_top_k(scores, max(1, round((1 - self.sparsity) * len(pool))), self.temperature, rng)
-    return {**state, "start": start, "rows": rng.permutation(chosen), "probe": probe, "gains": gains, "scores": scores}
+    rows = rng.permutation(chosen)
+    return {**state, "start": start, "rows": rows, "probe": probe, "gains": gains, "scores": scores}
 
 
 Mates._next_stage = _next_stage
