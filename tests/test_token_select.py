@@ -49,8 +49,8 @@ def test_kept_tokens_are_cvar_at_the_rate_that_is_left_out(values, alpha):
     assert x[kept].min() > x[~kept].max(initial=-1)
 
 
-@pytest.mark.parametrize("alpha", [0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
-@pytest.mark.parametrize("n", [1, 10, 30, 2048])
+@pytest.mark.parametrize("alpha", [0, 0.07, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+@pytest.mark.parametrize("n", [1, 10, 30, 100, 2048])
 def test_value_at_risk_is_numpys_inverted_cdf(alpha, n):
     x = np.random.default_rng(n).permutation(n).astype(float)
     rank = next(r for r in range(1, n + 1) if r * 100 >= round(alpha * 100) * n)  # whole numbers: no rounding
@@ -68,6 +68,12 @@ def test_equal_scores_are_all_kept(policy):
     mask = np.array([[True, True, False], [True, True, True]])
     _, kept = policy.step({}, signals(mask=mask, token_losses=np.ones((2, 3)), entropies=np.zeros((2, 3))))
     assert np.array_equal(kept, mask)
+
+
+def test_entropy_reads_the_entropies():
+    shown = signals(mask=np.ones((1, 3), bool), token_losses=np.array([[1., 2, 3]]), entropies=np.array([[3., 2, 1]]))
+    assert ESLM(0.9).step({}, shown)[1].tolist() == [[False, False, True]]
+    assert ESLM(0.9, statistic="entropy").step({}, shown)[1].tolist() == [[True, False, False]]
 
 
 @pytest.mark.parametrize("made", [ESLM, RandomTokens])
@@ -186,6 +192,11 @@ def test_foreseen_gains_are_ridge_on_token_shares():
     truth = (gains - gains.mean()) / gains.std()
     assert np.corrcoef(foreseen[rows], truth)[0, 1] > 0.99
     assert np.allclose(foreseen_gains(pool, rows, np.full(25, 3.)), 0)
+
+
+def test_gains_are_standardised():
+    assert np.allclose(standardised([1., 2., 3., 6.]), np.array([-2, -1, 0, 3]) / 3.5 ** 0.5)
+    assert standardised([2., 2.]).tolist() == [0, 0]
 
 
 def test_the_family_is_listed():
