@@ -193,6 +193,7 @@ def dsir(folder, args):
         write_pool(folder, args.mb / share)
         print(f"DSIR, {args.mb / share:g} MB, {sum(1 for _ in (folder / 'pool.jsonl').open()):,} documents")
         seconds[share] = compare(["fast", "sha256"], folder, 1, args)
+        if share == 1: kl_reductions(folder)
         if share > 1 or not args.peers: continue
         for processes in args.processes:
             peer = compare(["peer"], folder, processes, args)["peer"]
@@ -215,6 +216,22 @@ def zip_fits(folder, args):
         print(f"  ours is {ratios[0]:.1f} times as fast, {ratios[1]:.1f} times if single lengths are kept; largest "
               f"difference of a score {largest_difference(folder, f'double loop-{n}', f'zip_fit-{n}'):.1e}", flush=True)
     print(f"  growth of zip_fit: log-log slope {slope(args.texts, [s['zip_fit'] for s in seconds.values()]):.2f}")
+
+
+def kl_reductions(folder, k=10_000):
+    "Print the KL reduction of what both hashes draw, by a third hash."
+    import numpy as np
+
+    from selectbench.data.importance import HashedNgrams, gumbel_top_k, kl_reduction
+    texts, judge = read(folder, "pool"), HashedNgrams(2, 9973, "sha256")
+    goal, raw = judge.counts(read(folder, "target")), judge.counts(texts)
+    k = min(k, len(texts) // 10)
+    reach = lambda index: kl_reduction(goal, raw, judge.counts([texts[i] for i in index]))
+    found = {name: np.mean([reach(gumbel_top_k(np.load(folder / f"{name}-1.npy"), k, s)[0]) for s in range(3)])
+             for name in ("fast", "sha256")}
+    chance = reach(np.random.default_rng(0).permutation(len(texts))[:k])
+    print(f"  KL reduction of {k:,} drawn: fast {found['fast']:.4f}, sha256 {found['sha256']:.4f} "
+          f"({found['fast'] / found['sha256'] - 1:+.2%}), random {chance:.4f}", flush=True)
 
 
 def main():
