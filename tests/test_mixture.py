@@ -3,8 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from scipy.stats import chisquare
 
-from selectbench.core.policy import StepSignals
+from selectbench.core.policy import StepSignals, random_run
 from selectbench.data.mixture import DGA, SkillIt, draw_rows, graph_from_pairs, graph_from_solo, lm_skills_graph
 
 reference = np.load(Path(__file__).parent / "data" / "skill_it_reference.npz")
@@ -56,10 +58,49 @@ def test_large_losses_do_not_overflow():
     assert np.array_equal(last, [0, 1])
 
 
+def slow_gradient(model, blocks):
+    "The gradient of the mean row loss, a token at a time, in double precision."
+    total = 0
+    for ids, mask in zip(blocks.tokens, blocks.mask, strict=True):
+        for t in np.flatnonzero(mask):
+            loss = -torch.log_softmax(model(torch.tensor(ids[None, t])), -1)[0, ids[t + 1]] / mask.sum() / len(blocks)
+            total += torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double()
+    return total.numpy()
+
+
+def test_dga_moves_by_the_inner_products():
+    run, groups = random_run(), np.arange(40) % 4
+    policy = DGA(groups, eta=7.0, every=2, beta=0.25, batch=100, start=[1, 2, 3, 4])  # a batch of all rows there are
+    state = policy.init(40, documents=run.pool.documents, steps=9, seed=0)
+    assert np.allclose(state["mixture"], [0.1, 0.2, 0.3, 0.4])
+    signals = run.step(4, np.arange(8))
+    target = slow_gradient(run.model, signals["validation"])
+    products = [slow_gradient(run.model, run.pool[groups == d]) @ target for d in range(4)]
+    moved = state["mixture"] * np.exp(7.0 * np.array(products))
+    want = 0.25 * state["mixture"] + 0.75 * moved / moved.sum()
+    assert np.abs(want - state["mixture"]).max() > 0.01
+    assert np.allclose(policy.step(state, signals)[0]["mixture"], want, atol=1e-5)
+    assert policy.step(state, run.step(3, np.arange(8)))[0] is state  # not this time
+
+
+def test_a_small_batch_is_drawn_from_the_domain_and_from_the_target(monkeypatch):
+    from selectbench.signals import step
+    run, groups, seen = random_run(), np.arange(40) % 4, []
+    monkeypatch.setattr(step, "flat_gradient", lambda model, blocks: seen.append(blocks) or torch.ones(1))
+    policy = DGA(groups, batch=3)
+    state = policy.init(40, documents=run.pool.documents, steps=9, seed=0)
+    policy.step(state, run.step(0, np.arange(8)))
+    assert [len(np.unique(b.first)) for b in seen] == [3] * 5
+    assert [set(b.first % 4) for b in seen[1:]] == [{0}, {1}, {2}, {3}]
+
+
 def test_the_draw_is_of_every_row_and_no_other():
     rows = draw_rows([0.5, 0.5], np.array([1, 0, 1, 1]), 400, np.random.default_rng(0))
     assert set(rows) == {0, 1, 2, 3}
     assert abs((rows == 1).mean() - 0.5) < 0.1
+    rows = draw_rows([0.1, 0.6, 0.3], np.repeat([2, 0, 1], 10), 30_000, np.random.default_rng(0))
+    expected = 3_000 * np.repeat([0.3, 0.1, 0.6], 10)
+    assert chisquare(np.bincount(rows, minlength=30), expected).pvalue > 0.01
 
 
 def test_graphs_refuse_another_shape():

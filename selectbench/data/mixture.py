@@ -107,6 +107,24 @@ def _small_llama(block):
                        num_key_value_heads=4, max_position_embeddings=block, tie_word_embeddings=True)
 
 # %% ../../nbs/data/mixture.ipynb #2603e990
+def _begins(step, steps, parts):
+    "True where `step` is the first of one of `parts` equal parts of the run."
+    return step == 0 or step * parts // steps > (step - 1) * parts // steps
+
+
+def _check_graph(graph):
+    "ValueError for a graph with a negative entry or an empty row."
+    if np.min(graph, initial=0) < 0: raise ValueError("`skills_graph` must not be negative: harm is no edge")
+    empty = np.flatnonzero(~np.any(graph, axis=1))
+    if empty.size: raise ValueError(f"`skills_graph` has an empty row, {empty[0]}")
+
+
+def _at_least_one(policy, *names):
+    "ValueError for an option below 1."
+    for name in names:
+        if getattr(policy, name) < 1: raise ValueError(f"`{name}` must be at least 1, got {getattr(policy, name)}")
+
+# %% ../../nbs/data/mixture.ipynb #42177321
 @method("data", key="skill-it", name="skill_it", kind="policy", year=2023, url="https://arxiv.org/abs/2307.14430",
         paper="Skill-it! A Data-Driven Skills Framework for Understanding and Training Language Models",
         authors="Chen, Mayee F. and Roberts, Nicholas and Bhatia, Kush and Wang, Jue and Zhang, Ce and Sala, Frederic "
@@ -129,12 +147,9 @@ class SkillIt(_Draws):
     average: bool = False  # mean over the window instead of the sum (the authors' program, for target skills)
 
     def __post_init__(self):
-        A = np.asarray(self.skills_graph)
-        if A.min(initial=0) < 0: raise ValueError("`skills_graph` must not be negative: no edge where training hurts")
-        if not A.any(1).all(): raise ValueError(f"`skills_graph` has an empty row, {np.flatnonzero(~A.any(1))[0]}")
+        _check_graph(self.skills_graph)
         if not len(self.target_groups): raise ValueError("`target_groups` is empty: no loss to go by")
-        for name in ("rounds", "window", "evaluations"):
-            if getattr(self, name) < 1: raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        _at_least_one(self, "rounds", "window", "evaluations")
 
     def _mixture(self, losses):
         "The mixture for the summed `losses` of the target skills."
@@ -157,12 +172,11 @@ class SkillIt(_Draws):
 
     def step(self, state, signals):
         "Reads the loss where a part of a round begins, sets the next mixture where a round ends."
-        step, steps, parts = signals["step"], signals["steps"], self.rounds * self.evaluations
-        part = lambda s, k: s * k // steps  # in which of k equal parts of the run step s lies
-        begins = step == 0 or part(step, parts) > part(step - 1, parts)
-        if begins and part(step, self.rounds) < self.rounds - 1:  # the last round has no round after it
+        step, steps = signals["step"], signals["steps"]
+        last = step * self.rounds // steps == self.rounds - 1
+        if _begins(step, steps, self.rounds * self.evaluations) and not last:
             state = {**state, "losses": [*state["losses"], self._losses(signals)][-self.window:]}
-        if step + 1 < steps and part(step + 1, self.rounds) > part(step, self.rounds):
+        if step + 1 < steps and _begins(step + 1, steps, self.rounds):
             seen = np.sum(state["losses"], 0) / (len(state["losses"]) if self.average else 1)
             state = {**state, "mixture": self._mixture(seen)}
         return state, None
@@ -191,8 +205,7 @@ class DGA(_Draws):
         if start.shape != (g,) or not (start >= 0).all() or not 0 < start.sum() < np.inf:
             raise ValueError(f"`start` must be {g} weights, not negative and not all zero, got {self.start}")
         if not 0 <= self.beta <= 1: raise ValueError(f"`beta` must lie in [0, 1], got {self.beta}")
-        for name in ("every", "batch"):
-            if getattr(self, name) < 1: raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        _at_least_one(self, "every", "batch")
 
     def init(self, n, *, documents, steps, seed):
         "The first mixture."
