@@ -219,19 +219,20 @@ def zip_fits(folder, args):
 
 
 def kl_reductions(folder, k=10_000):
-    "Print the KL reduction of what both hashes draw, by a third hash."
+    "Print the KL reduction, by a third hash, of what both hashes draw among the texts of at least 100 tokens."
     import numpy as np
 
     from selectbench.data.importance import HashedNgrams, gumbel_top_k, kl_reduction
     texts, judge = read(folder, "pool"), HashedNgrams(2, 9973, "sha256")
     goal, raw = judge.counts(read(folder, "target")), judge.counts(texts)
-    k = min(k, len(texts) // 10)
+    long = judge.sums(texts, np.zeros(judge.buckets))[1] >= 100        # as data-selection's default has it
+    k = min(k, int(long.sum()) // 5)
     reach = lambda index: kl_reduction(goal, raw, judge.counts([texts[i] for i in index]))
-    found = {name: np.mean([reach(gumbel_top_k(np.load(folder / f"{name}-1.npy"), k, s)[0]) for s in range(3)])
-             for name in ("fast", "sha256")}
-    chance = reach(np.random.default_rng(0).permutation(len(texts))[:k])
-    print(f"  KL reduction of {k:,} drawn: fast {found['fast']:.4f}, sha256 {found['sha256']:.4f} "
-          f"({found['fast'] / found['sha256'] - 1:+.2%}), random {chance:.4f}", flush=True)
+    weight = {name: np.where(long, np.load(folder / f"{name}-1.npy"), -np.inf) for name in ("fast", "sha256")}
+    found = {name: np.mean([reach(gumbel_top_k(w, k, s)[0]) for s in range(3)]) for name, w in weight.items()}
+    chance = reach(np.random.default_rng(0).permutation(np.flatnonzero(long))[:k])
+    print(f"  KL reduction of {k:,} drawn of {long.sum():,} with 100 tokens: fast {found['fast']:.4f}, sha256 "
+          f"{found['sha256']:.4f} ({found['fast'] / found['sha256'] - 1:+.2%}), random {chance:.4f}", flush=True)
 
 
 def main():
