@@ -27,7 +27,7 @@ def value_at_risk(
     _share("alpha", alpha)
     values = np.asarray(values, dtype=np.float64).ravel()
     if not values.size or not np.isfinite(values).all(): raise ValueError("`values` must be finite, at least one")
-    rank = max(int(np.ceil(round(alpha * values.size, 9))), 1)  # 0.1 * 30 is a little more than 3 in floats
+    rank = max(int(np.ceil(round(alpha * values.size, 9))), 1)  # 0.07 * 100 is a little more than 7 in floats
     return float(np.partition(values, rank - 1)[rank - 1])
 
 # %% ../../nbs/token/select.ipynb #133828b2
