@@ -222,7 +222,8 @@ def kl_reductions(folder, k=10_000):
     "Print the KL reduction, by a third hash, of what both hashes draw among the texts of at least 100 tokens."
     import numpy as np
 
-    from selectbench.data.importance import HashedNgrams, gumbel_top_k, kl_reduction
+    from selectbench.core.selection import gumbel_top_k
+    from selectbench.data.importance import HashedNgrams, kl_reduction
     texts, judge = read(folder, "pool"), HashedNgrams(2, 9973, "sha256")
     goal, raw = judge.counts(read(folder, "target")), judge.counts(texts)
     long = judge.sums(texts, np.zeros(judge.buckets))[1] >= 100        # as data-selection's default has it

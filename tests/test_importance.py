@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from selectbench.core.selection import gumbel_top_k
 from selectbench.data.importance import (
     HashedNgrams,
     color_filter,
     dsir,
-    gumbel_top_k,
     kl_reduction,
     log_importance,
     log_ratio,

@@ -88,23 +88,17 @@ def lm_skills_graph(texts, groups, target_texts, target_groups, *, config=None, 
     From `start` (a TrainedLM), or else from `config` (a small Llama if None) trained on all `texts` for `tokens`; then
     g runs of `tokens`. ValueError for a domain without texts or target texts. Chen et al. 2023, approximate graph."""
     from selectbench.zoo.lm import train_lm
+    from selectbench.zoo.text_task import tiny_llama
     groups, target_groups = np.asarray(groups), np.asarray(target_groups)
     kinds = np.arange(groups.max() + 1)
     for name, values in (("groups", groups), ("target_groups", target_groups)):
         if not np.array_equal(np.unique(values), kinds): raise ValueError(f"`{name}` must have every domain of {kinds}")
     recipe = dict(tokenizer=tokenizer, block=block, batch_size=batch_size, lr=lr, packed=False)
-    if start is None: start = train_lm(config or _small_llama(block), texts, tokens, seed, **recipe)
+    if start is None: start = train_lm(config or tiny_llama(), texts, tokens, seed, **recipe)
     recipe["tokenizer"] = start.tokenizer
     runs = [train_lm(start, [texts[i] for i in np.flatnonzero(groups == d)], tokens, seed, **recipe) for d in kinds]
     loss = lambda lm: _mean_by(lm.losses(target_texts), target_groups)
     return graph_from_solo(loss(start), [loss(lm) for lm in runs])
-
-
-def _small_llama(block):
-    "The model behind a skills graph where none is given."
-    from transformers import LlamaConfig
-    return LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=4, max_position_embeddings=block, tie_word_embeddings=True)
 
 # %% ../../nbs/data/mixture.ipynb #2603e990
 def _begins(step, steps, parts):

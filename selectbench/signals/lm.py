@@ -22,6 +22,7 @@ from ..core.registry import measure
 from .text import Encoder, HubModel, _strings
 from ..zoo.classifier import Projection, best_device
 from ..zoo.lm import TrainedLM, _batches, _evaluating, _forward, train_lm
+from ..zoo.text_task import tiny_llama
 from ..zoo.tokenizer import train_bpe, windows
 
 # %% ../../nbs/signals/lm.ipynb #df91a38b
@@ -210,10 +211,7 @@ def rating_logits(texts, raters, *, prompts=PROMPTS, ratings=RATINGS, batch_size
 # %% ../../nbs/signals/lm.ipynb #b4ed3210
 def text_proxy(texts, *, tokens=100_000, seed=0) -> TrainedLM:
     "The small language model behind the signals of a pool of texts, trained on `tokens` of it."
-    from transformers import LlamaConfig
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True)
-    return train_lm(config, texts, tokens, seed, tokenizer=train_bpe(texts, 1024), block=64)
+    return train_lm(tiny_llama(), texts, tokens, seed, tokenizer=train_bpe(texts, 1024), block=64)
 
 
 @measure("losses")
