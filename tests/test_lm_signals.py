@@ -69,10 +69,11 @@ def trained(config, **options):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A GPT-2 with random weights, and a tokenizer that begins and ends a text differently, as `save_pretrained` leaves."
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     known = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
     inner = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     path = tmp_path_factory.mktemp("gpt")
     PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>").save_pretrained(path)
     with torch.random.fork_rng():
@@ -119,7 +120,7 @@ def test_a_hub_model_agrees_with_its_own_module(folder):
     assert hub.block == 48 and hub.parameters == sum(p.numel() for p in gpt.parameters())
     got = answers(hub)
     for i, text in enumerate(TEXTS):
-        ids = torch.tensor([[1, *tokenizer(text)["input_ids"], 2]])
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], 2]])  # it puts <s> before by itself
         gpt.zero_grad(); out = gpt(ids, labels=ids, output_hidden_states=True); out.loss.backward()
         assert abs(out.loss.item() - got["losses"][i]) < 1e-5
         exact = torch.cat([p.grad.flatten() for p in gpt.parameters()]).numpy()
@@ -129,6 +130,17 @@ def test_a_hub_model_agrees_with_its_own_module(folder):
         np.testing.assert_allclose(got["mean"][i], hidden.mean(0), atol=1e-5)
         np.testing.assert_allclose(got["weighted"][i], w @ hidden / w.sum(), atol=1e-5)
     assert np.array_equal(lm_losses(TEXTS, hub.hub), got["losses"])  # a HubModel stands for its HubLM
+
+
+def test_the_windows_of_a_long_text_add_up(folder):
+    gpt, hub = GPT2LMHeadModel.from_pretrained(folder).eval(), HubLM(HubModel(str(folder)), max_length=4)
+    got = lm_gradients.__wrapped__(TEXTS, hub, project=None)
+    for text, row in zip(TEXTS, got, strict=True):
+        ids = torch.tensor([*hub.hub.tokenizer(text)["input_ids"], 2])
+        rows, entropy = [ids[s: s + 5] for s in range(0, len(ids) - 1, 4)], torch.nn.functional.cross_entropy
+        loss = sum(entropy(gpt(r[None, :-1]).logits[0], r[1:], reduction="sum") for r in rows)
+        exact = torch.autograd.grad(loss / (len(ids) - 1), list(gpt.parameters()))
+        np.testing.assert_allclose(row, torch.cat([g.flatten() for g in exact]).numpy(), atol=2e-6)
 
 
 def test_a_long_prompt_loses_the_end_of_its_text_not_the_question(folder):
