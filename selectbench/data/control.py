@@ -166,7 +166,8 @@ def influence_model(embeddings, probe, gains) -> np.ndarray:
     return model.fit(embeddings[probe], _standardised(gains)).predict(embeddings)
 
 # %% ../../nbs/data/control.ipynb #793c9e42
-@method("data", key="mates", name="mates", kind="policy", year=2024, authors="Yu, Zichun and Das, Spandan and Xiong, Chenyan",
+@method("data", key="mates", name="mates", kind="policy", year=2024,
+        authors="Yu, Zichun and Das, Spandan and Xiong, Chenyan",
         paper="MATES: Model-Aware Data Selection for Efficient Pretraining with Data Influence Models",
         url="https://arxiv.org/abs/2406.06046")
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from .text import LLM_ADAPTERS, docstrings, headlines, llm_adapters, tinyshakesp
 def near_equal(texts, size=600):
     """The texts, in order, as documents of about `size` characters: short neighbours joined, long ones cut.
 
-    Cuts are at white space. No character but white space at a cut is lost; every document but the last has from size / 2 to 3 size / 2 of them,
-    unless a single word is longer. ValueError for `size` below 1."""
+    Cuts are at white space, of which alone something is lost; every document but the last has from size / 2 to
+    3 size / 2 characters, unless a single word is longer. ValueError for `size` below 1."""
     if size < 1: raise ValueError(f"`size` must be at least 1, got {size}")
     documents, open_, length = [], [], 0
     for part in (p for t in texts for p in _cut(t, size)):
@@ -68,7 +68,8 @@ def _domains():
 def mixed_domains(size: int = 600, per_domain: int = 1500) -> Pool:
     """Documents of about `size` characters from five domains: `texts`, `groups` int64[n] (the domain), `group_names`.
 
-    wikipedia, shakespeare, questions, headlines, documentation, at most `per_domain` of each, drawn at random and in the order of their source. Without the published collections: a domain per installed package.
+    wikipedia, shakespeare, questions, headlines, documentation, at most `per_domain` of each, drawn at random and in
+    the order of their source. Without the published collections: a domain per installed package.
     ValueError for a number below 1."""
     if per_domain < 1: raise ValueError(f"`per_domain` must be at least 1, got {per_domain}")
     texts, groups, names = [], [], []

@@ -38,15 +38,16 @@ def held_out_loss(model, texts):
 
 
 def train_and_read(choice, seed, *, texts, target_texts, test_texts, config, tokenizer, tokens, recipe, metrics):
-    """The held-out score of a model trained on a Selection's texts, or on all under a policy that sees the target sample.
+    """The held-out score of a model trained on a Selection's texts, or on all of them under a policy.
 
     `neg_loss`: minus the nats per byte of `test_texts`. `metrics`: name -> callable (chosen texts, pool, target
-    sample) -> float."""
+    sample) -> float. A policy sees the target sample as its validation texts."""
     acts = hasattr(choice, "step")
     chosen = texts if acts else choice.take(texts)
     watched = {"policy": choice, "validation_texts": target_texts} if acts else {}
     model = train_lm(config, chosen, tokens, seed, tokenizer=tokenizer, checkpoint_every=0, **watched, **recipe)
-    return {"neg_loss": -held_out_loss(model, test_texts), **{k: f(chosen, texts, target_texts) for k, f in metrics.items()}}
+    others = {name: metric(chosen, texts, target_texts) for name, metric in metrics.items()}
+    return {"neg_loss": -held_out_loss(model, test_texts), **others}
 
 # %% ../../nbs/zoo/text_task.ipynb #0a2136aa
 def _parts(n_texts, n_target_texts, n, n_target, n_test, seed):
