@@ -9,6 +9,7 @@ from scipy.optimize import minimize_scalar
 
 from selectbench.core.policy import StepSignals, random_run
 from selectbench.core.registry import methods
+from selectbench.signals.step import standardised
 from selectbench.token.select import (
     DFT,
     ESLM,
@@ -17,11 +18,10 @@ from selectbench.token.select import (
     RandomTokens,
     at_risk,
     conditional_value_at_risk,
-    filtered_rows,
     foreseen_gains,
-    standardised,
     value_at_risk,
 )
+from selectbench.zoo.lm import epoch_rows
 
 
 def signals(**values): return StepSignals(values, {})
@@ -161,8 +161,8 @@ def test_igf_reads_only_what_the_authors_loop_would():
 
 def test_a_stream_holds_each_passing_row_once_an_epoch():
     passing = np.array([2, 3, 5, 7, 11])
-    whole = filtered_rows(passing, 0, 20, [1])
-    assert np.array_equal(np.concatenate([filtered_rows(passing, s, 4, [1]) for s in range(0, 20, 4)]), whole)
+    whole = epoch_rows(passing, 0, 20, [1])
+    assert np.array_equal(np.concatenate([epoch_rows(passing, s, 4, [1]) for s in range(0, 20, 4)]), whole)
     assert all(np.array_equal(np.sort(whole[i:i + 5]), passing) for i in range(0, 20, 5))
     assert not np.array_equal(whole[:5], whole[5:10])
 

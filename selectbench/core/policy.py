@@ -75,7 +75,7 @@ def _small_model(seed):
 
 
 def random_run(seed=0):
-    "What `init` and each step would be told by a run that never was; `steps[i](index)` gives its `StepSignals`."
+    "What `init` and each step would be told by a run that never was; `step(t, index)` gives a step's `StepSignals`."
     rng = np.random.default_rng(seed)
     pool, validation, model = _rows_of(rng, SIZES["n"]), _rows_of(rng, SIZES["q"]), _small_model(seed)
     table = {k: rng.gamma(2, size=(STEPS, *shape)).astype(np.float32) for k, shape in {
@@ -146,8 +146,8 @@ def _wrong_choice(choice, mask):
 def valid_choices(cls):
     "Every step gives a plain state, rows that are there, and weights or positions of the right form."
     policy, run = _made(cls), random_run()
+    rows = np.arange(len(run.pool))
     for _, index, signals, after, choice in _walk(policy, run):
-        rows = np.arange(len(run.pool))
         if index.dtype.kind not in "iu" or index.shape != (BATCH,) or not np.isin(index, rows).all():
             return f"draws {index.dtype}{index.shape}, not {BATCH} rows of {len(run.pool)}"
         if not _plain(after): return "has a state that is no plain tree"
@@ -188,7 +188,7 @@ def pure(cls):
         if not _same(index, _read(policy, state, t, run)): return "draws other rows when asked again"
         state = after
 
-
+# %% ../../nbs/core/policy.ipynb #95261e43
 def same_run_same_choices(cls):
     "The same seed gives the same choices in another instance."
     walks = [[(i, c) for _, i, _, _, c in _walk(_made(cls), random_run(), seed=3)] for _ in range(2)]
@@ -218,7 +218,7 @@ class _Harder:
 
     def step(self, state, signals): return {"calls": state["calls"] + 1}, np.argsort(signals["losses"])[BATCH // 2:]
 
-
+# %% ../../nbs/core/policy.ipynb #e10ed19e
 def planted_policies():
     "Pairs (the check that must fail, a bad policy), unregistered, one of each sort."
     class Outside(_Harder):

@@ -21,7 +21,7 @@ from torch.func import grad, jvp
 from ..core.progress import progress
 from ..core.registry import method
 from ..core.selection import Selection, gumbel_top_k, top_k
-from ..signals.step import one_step_gains
+from ..signals.step import one_step_gains, standardised
 
 # %% ../../nbs/data/control.ipynb #6d8eb90a
 def _moved(params, direction, scale):
@@ -81,12 +81,6 @@ def _drawn(score, k, temperature, seed) -> np.ndarray:
     "int64[k], distinct, drawn one by one in proportion to exp(`score` / `temperature`); the highest if that is 0."
     return gumbel_top_k(np.asarray(score) / temperature, k, seed)[0] if temperature else top_k(score, k)
 
-
-def _standardised(x):
-    "`x` with mean 0 and standard deviation 1; zeros if all are equal."
-    spread = x.std()
-    return (x - x.mean()) / spread if spread > 1e-12 * max(1, abs(x).max()) else np.zeros_like(x)
-
 # %% ../../nbs/data/control.ipynb #bc5a0624
 def _network(sizes, rng):
     "name -> float64 tensor: a tanh network of these widths, its last layer at zero (every class equally likely)."
@@ -142,9 +136,9 @@ def pds(features, y, target_features, target_y, k, *, hidden=(), steps=100, lr=0
         area[epoch] = np.mean([float(target(p)) for p in path[1:]])
         gains = control_gains(training, target, losses, path, lr).numpy()
         if not np.isfinite(gains).all(): raise ValueError(f"`lr` of {lr} makes the run of the proxy diverge")
-        moved = gamma + alpha / len(x) * _standardised(gains)
+        moved = gamma + alpha / len(x) * standardised(gains)
         gamma = project_simplex(moved)
-    score = _standardised(moved)
+    score = standardised(moved)
     index = _drawn(score, k, temperature, [seed, 1])
     return Selection(index, n=len(x), score=score, info={"gamma": gamma, "area": area})
 
@@ -163,7 +157,7 @@ def influence_model(embeddings, probe, gains) -> np.ndarray:
     In standard deviations of the `gains`. Ridge regression on standardised columns; the penalty is that of the least
     leave-one-out error."""
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 5, 13)))
-    return model.fit(embeddings[probe], _standardised(gains)).predict(embeddings)
+    return model.fit(embeddings[probe], standardised(gains)).predict(embeddings)
 
 # %% ../../nbs/data/control.ipynb #793c9e42
 @method("data", key="mates", name="mates", kind="policy", year=2024,

@@ -321,7 +321,7 @@ def _sift(heap, size, k):
         heap[k], k, j = heap[j], j, 2 * j
     heap[k] = v
 
-
+# %% ../../nbs/data/importance.ipynb #4fc61b2e
 @njit(cache=True)
 def _tree(count, heap, dad, order):
     """Build Huffman's tree of the symbols with a `count`; ties are broken as in zlib, by depth and place in the heap.

@@ -42,7 +42,7 @@ _SOW = dict(paper="Dynamic Loss-Based Sample Reweighting for Improved Large Lang
             authors="Sow, Daouda and Woisetschl{\\\"a}ger, Herbert and Bulusu, Saikiran and Wang, Shiqiang and "
                     "Jacobsen, Hans-Arno and Liang, Yingbin")
 
-
+# %% ../../nbs/data/weights.ipynb #b75325ee
 @method("data", name="loss_reweighting", kind="policy", **_SOW)
 @dataclass(frozen=True)
 class LossReweighting:

@@ -22,8 +22,8 @@ from ..core.registry import measure
 from .text import Encoder, HubModel, _strings
 from ..zoo.classifier import Projection, best_device
 from ..zoo.lm import TrainedLM, _batches, _evaluating, _forward, train_lm
-from ..zoo.text_task import tiny_llama
-from ..zoo.tokenizer import train_bpe, windows
+from ..zoo.text_task import pool_tokenizer, tiny_llama
+from ..zoo.tokenizer import windows
 
 # %% ../../nbs/signals/lm.ipynb #df91a38b
 class _HubTokenizer:
@@ -40,7 +40,7 @@ class _HubTokenizer:
         ids = self.inner(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if len(texts) else []
         return [np.array(i, dtype=np.int64) for i in ids]
 
-
+# %% ../../nbs/signals/lm.ipynb #ccdaefdd
 @dataclass(frozen=True)
 class HubLM:
     "A causal language model of the hub that answers as a `TrainedLM` does. ValueError for a bad part, by its name."
@@ -211,7 +211,7 @@ def rating_logits(texts, raters, *, prompts=PROMPTS, ratings=RATINGS, batch_size
 # %% ../../nbs/signals/lm.ipynb #b4ed3210
 def text_proxy(texts, *, tokens=100_000, seed=0) -> TrainedLM:
     "The small language model behind the signals of a pool of texts, trained on `tokens` of it."
-    return train_lm(tiny_llama(), texts, tokens, seed, tokenizer=train_bpe(texts, 1024), block=64)
+    return train_lm(tiny_llama(), texts, tokens, seed, tokenizer=pool_tokenizer(texts), block=64)
 
 
 @measure("losses")
