@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from .architecture import ARCHITECTURE_CHECKS, forward, made
 from .policy import POLICY_CHECKS, _made, _walk, random_run
 from .registry import SELECTS, Card, Method, _parameters, methods
 from .selection import Selection
@@ -33,7 +34,8 @@ def _signals(fn, seed=0, **sizes):
 def _call(fn, signals, k=5, seed=0):
     """Call `fn` on copies of nothing: the very arrays in `signals`, with budget `k` and `seed` where it takes one.
 
-    A policy is made from them and taken through a run that never was."""
+    A policy is made from them and taken through a run that never was; a module is given its own example."""
+    if fn.card.kind == "architecture": return forward(*made(fn, seed))
     if fn.card.kind == "policy": return list(_walk(_made(fn, **signals), random_run(), seed))
     budget = {b: k if b == "k" else BUDGET[b] for b in fn.card.budgets}
     return fn(**signals, **budget, **({"seed": seed} if "seed" in fn.card.options else {}))
@@ -252,10 +254,11 @@ def _run_check(check, fn):
 def conformance(name):
     """A dict check -> what is wrong with the method (empty: passed; `exempt: reason`).
 
-    Policies have checks of their own; other classes have none."""
+    Policies and architectures have checks of their own."""
     fn = methods[name] if isinstance(name, str) else name
     watched = (no_io, no_global_random)
-    checks = CHECKS if isinstance(fn, Method) else (*POLICY_CHECKS, *watched) if fn.card.kind == "policy" else ()
+    own = {"policy": POLICY_CHECKS, "architecture": ARCHITECTURE_CHECKS}
+    checks = CHECKS if isinstance(fn, Method) else (*own.get(fn.card.kind, ()), *watched)
     return {c.__name__: _run_check(c, fn) for c in checks}
 
 

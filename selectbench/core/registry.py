@@ -33,7 +33,8 @@ def nearest(name, names):
 BUDGETS = ("k", "n_tokens", "sparsity", "flops")
 KINDS = ("method", "policy", "analysis", "architecture")
 RETURNS = ("selection", "ordering", "routing", "mask", "state_dict", "frame", "module")
-SELECTS = {"items": "n", "models": "m", "tests": "t", "parameters": "p", "classes": "c"}
+SELECTS = {"items": "n", "models": "m", "tests": "t", "parameters": "p", "classes": "c",
+           "experts": "e"}
 
 
 @dataclass(frozen=True)

@@ -151,14 +151,52 @@ def _training_table():
         "head": (("c", "d"), f, "weights of the output layer above the embeddings", _normal("c", "d")),
     }
 
+# %% ../../nbs/core/vocabulary.ipynb #02263c81
+def _served(rng, z):
+    "int64[n, a] of distinct experts, most chosen first; a few places are -1 with nothing chosen."
+    experts = rng.permuted(np.tile(np.arange(z["e"]), (z["n"], 1)), axis=1)[:, :z["a"]]
+    experts[1:, -1][rng.random(z["n"] - 1) < .1] = -1
+    return experts
 
-for _name, (_shape, _dtype, _what, _sample) in (_table() | _model_table() | _training_table()).items():
+
+def _counts(*axes):
+    "A sampler of small int64 counts."
+    return lambda rng, z: rng.poisson(4, [z[a] for a in axes]).astype(np.int64)
+
+
+def _expert_table():
+    "name -> (shape, dtype, what, sampler): the experts of one layer, what they do with n tokens, and their weights."
+    f, i = "float32", "int64"
+    return {
+        "router_scores": (("n", "e"), f, "what the router gives each expert for each token", _normal("n", "e")),
+        "router_experts": (("n", "a"), i, "the experts that really served each token, -1 for none", _served),
+        "router_weights": (("n", "a"), f, "their weights in the output, 0 for none", _simplex("n", "a")),
+        "expert_norms": (("n", "e"), f, "norm of each expert's output for each token, chosen or not",
+                         _positive("n", "e")),
+        "expert_outputs": (("n", "e", "d"), f, "each expert's output for each token, chosen or not",
+                           _normal("n", "e", "d")),
+        "expert_peaks": (("l", "e"), f, "largest absolute output of each expert's down projection, by layer",
+                         _positive("l", "e")),
+        "expert_counts": (("n", "e"), i, "how many tokens of each item (document, kind of token) each expert served",
+                          _counts("n", "e")),
+        "router": (("e", "d"), f, "the gate vector of each expert", _normal("e", "d")),
+        "expert_gate": (("e", "f", "d"), f, "gate projection of each expert", _normal("e", "f", "d")),
+        "expert_up": (("e", "f", "d"), f, "up projection of each expert", _normal("e", "f", "d")),
+        "expert_down": (("e", "d", "f"), f, "down projection of each expert", _normal("e", "d", "f")),
+        "gate_proj": (("f", "d"), f, "gate projection of a dense feed-forward layer", _normal("f", "d")),
+        "up_proj": (("f", "d"), f, "its up projection", _normal("f", "d")),
+        "down_proj": (("d", "f"), f, "its down projection", _normal("d", "f")),
+    }
+
+
+_TABLES = _table() | _model_table() | _training_table() | _expert_table()
+for _name, (_shape, _dtype, _what, _sample) in _TABLES.items():
     _sample.__doc__ = _what
     signal(_name, _shape, _dtype, _sample)
 
 # %% ../../nbs/core/vocabulary.ipynb #4b38c9da
 SIZES = {"n": 40, "q": 11, "m": 7, "c": 3, "d": 6, "p": 13, "t": 5, "s": 8, "z": 4, "g": 9, "u": 12, "j": 2,
-         "r": 10}
+         "r": 10, "e": 14, "a": 2, "f": 15, "l": 16}
 
 
 def sample_signals(names, seed=0, **sizes):
@@ -200,10 +238,10 @@ def _probabilities(name, value):
         raise ValueError(f"`{name}` must hold probabilities: rows are non-negative and sum to one")
 
 
-def _labels(name, value, c):
-    "ValueError unless every label is below `c`, the number of classes that a signal beside it has, if one does."
-    if c and value.size and (value.min() < 0 or value.max() >= c):
-        raise ValueError(f"`{name}` must hold classes in [0, {c}), got {value.min()} to {value.max()}")
+def _labels(name, value, c, low=0):
+    "ValueError unless every label lies in [`low`, `c`), `c` being the size that a signal beside it has, if one does."
+    if c and value.size and (value.min() < low or value.max() >= c):
+        raise ValueError(f"`{name}` must lie in [{low}, {c}), got {value.min()} to {value.max()}")
 
 # %% ../../nbs/core/vocabulary.ipynb #a2fcbab6
 def check_signals(values):
@@ -227,4 +265,5 @@ def check_signals(values):
         checked[name] = value
     for name, symbol in (("y", "c"), ("target_y", "c"), ("groups", "g"), ("target_groups", "g")):
         if name in checked: _labels(name, checked[name], sizes.get(symbol))
+    if "router_experts" in checked: _labels("router_experts", checked["router_experts"], sizes.get("e"), -1)
     return checked, sizes
