@@ -3,6 +3,7 @@
 import pytest
 
 from selectbench import methods
+from selectbench.core.architecture import ARCHITECTURE_CHECKS, planted_architectures
 from selectbench.core.conformance import CHECKS, check_method, conformance, planted
 from selectbench.core.policy import POLICY_CHECKS, planted_policies
 
@@ -22,14 +23,19 @@ def test_every_check_has_a_planted_method():
     assert {c.__name__ for c in CHECKS} <= set(planted())
 
 
-@pytest.mark.parametrize(("check", "bad"), planted_policies(), ids=lambda x: x.__name__)
-def test_planted_bad_policy_is_caught(check, bad): assert check(bad)
+PLANTED = planted_policies() + planted_architectures()[1:]
 
 
-def test_every_policy_check_has_a_planted_policy(): assert {c for c, _ in planted_policies()} == set(POLICY_CHECKS)
+@pytest.mark.parametrize(("check", "bad"), PLANTED, ids=lambda x: x.__name__)
+def test_planted_bad_policy_or_architecture_is_caught(check, bad): assert check(bad)
+
+
+def test_every_check_of_a_policy_or_architecture_has_a_planted_one():
+    assert {c for c, _ in PLANTED} == {*POLICY_CHECKS, *ARCHITECTURE_CHECKS}
 
 
 def test_exemptions_have_reasons():
+    known = {c.__name__ for c in (*CHECKS, *POLICY_CHECKS, *ARCHITECTURE_CHECKS)}
     for card in methods.cards():
         for check, reason in card["exempt"].items():
-            assert check in {c.__name__ for c in (*CHECKS, *POLICY_CHECKS)} and len(reason) > 10, (card["name"], check)
+            assert check in known and len(reason) > 10, (card["name"], check)
