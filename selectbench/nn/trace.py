@@ -40,8 +40,7 @@ SHARED = ("shared_expert", "shared_experts", "shared_mlp", "shared")
 
 def _child(block, names):
     "The first child module of `block` with one of these names, or None."
-    children = dict(block.named_children())
-    return next((children[name] for name in names if name in children), None)
+    return next((child for name, child in block.named_children() if name in names), None)
 
 
 def moe_layers(model) -> dict[str, nn.Module]:
@@ -84,8 +83,10 @@ def _two_matrix(expert, hidden):
 
 
 def _count(experts):
-    "How many experts there are."
-    return experts.n_experts if hasattr(experts, "n_experts") else experts.num_experts
+    "How many experts there are. ValueError if `model` keeps them in a way that is not known here."
+    e = getattr(experts, "n_experts", getattr(experts, "num_experts", None))
+    if e is None: raise ValueError(f"`model` has experts of an unknown kind, {type(experts).__name__}")
+    return e
 
 # %% ../../nbs/nn/trace.ipynb #fd302fe8
 class _Mark(nn.Module):
@@ -98,8 +99,11 @@ class _Mark(nn.Module):
 
 
 def _called(watch):
-    "(experts, weights), both [n, k], with which the experts module was called."
-    return watch.call[1], watch.call[2]
+    "(experts, weights), both [n, k], with which the experts module was called. ValueError for other arguments."
+    experts, weights = watch.call[1:3] if watch.call and len(watch.call) == 3 else (None, None)
+    if experts is None or experts.is_floating_point() or experts.shape != weights.shape:
+        raise ValueError(f"`model`: the experts of a {type(watch.block).__name__} are called in an unknown way")
+    return experts, weights
 
 
 def _scored(watch):
@@ -379,10 +383,8 @@ def tiny_moe(kind, *, seed=0, rows=2, length=12):
         torch.manual_seed(seed)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = auto.from_config(config).eval()
-        for name, x in model.named_parameters():
-            if any(name.startswith(path) for path in moe_layers(model)): x.normal_(0, 0.4)
-        for name, x in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("e_score_correction_bias"): x.normal_(0, 0.4)
+        for block in moe_layers(model).values():
+            for x in [*block.parameters(), *block.buffers()]: x.normal_(0, 0.4)
         batch = {"input_ids": torch.randint(4, 64, (rows, length))}
         if config.is_encoder_decoder: batch["decoder_input_ids"] = torch.randint(4, 64, (rows, length - 2))
     return model, batch
