@@ -288,7 +288,7 @@ def hmoe_widths(total, n_experts=8, kind="arithmetic"):
              "hybrid": 2.0 ** np.maximum(0, np.arange(n_experts) * 4 // n_experts - 1)}
     if kind not in kinds: raise ValueError(f"`kind` must be one of {tuple(kinds)}, got {kind!r}")
     cuts = np.round(np.cumsum(kinds[kind]) * total / kinds[kind].sum()).astype(int)
-    widths = np.diff(cuts, prepend=0).tolist()
+    widths = sorted(np.diff(cuts, prepend=0).tolist())
     if min(widths) < 1: raise ValueError(f"`total` of {total} leaves no neuron for the smallest expert: {widths}")
     return widths
 
