@@ -10,11 +10,13 @@ __all__ = ['LLM_ADAPTERS', 'stack_docstrings', 'docstrings', 'wikitext2', 'tinys
 import ast
 import csv
 import functools
+import gc
 import inspect
 import json
 import os
 import re
 import warnings
+from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
 
@@ -70,11 +72,22 @@ def _readable(package, min_chars):
         if tree: yield from ((name, text) for name, text in _documented(tree, module) if len(text) >= min_chars)
 
 
+@contextmanager
+def _no_collector():
+    "No search for cycles of objects within: syntax trees have none, and to look for them takes long."
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
+
+
 @cached(version=1)
 def stack_docstrings(versions: tuple, min_chars: int) -> pd.DataFrame:
     "Columns texts, names, groups (the package's place) over `versions`, pairs (import name, version); no repeats."
-    rows = [(text, name, code) for code, (package, _) in enumerate(versions)
-            for name, text in _readable(package, min_chars)]
+    with _no_collector():
+        rows = [(text, name, code) for code, (package, _) in enumerate(versions)
+                for name, text in _readable(package, min_chars)]
     frame = pd.DataFrame(rows, columns=["texts", "names", "groups"])
     return frame.drop_duplicates("texts", ignore_index=True)
 
