@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_positive', 'check_share', 'seats', 'limited', 'neurons', 'Gated', 'in_top_k', 'NoisyTopK', 'Switch',
            'ExpertChoice', 'hash_table', 'HashRouting', 'reach', 'Measured', 'XMoE', 'hmoe_widths', 'parameter_penalty',
-           'entropy', 'HMoE', 'RMoE', 'strata_sizes', 'Stratified', 'joined', 'hashed', 'RandomRouting']
+           'entropy', 'HMoE', 'RMoE', 'strata_sizes', 'Gates', 'joined', 'Stratified', 'hashed', 'RandomRouting']
 
 # %% ../../nbs/nn/routers.ipynb #87d37d46
 import math
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.registry import method
-from .moe import Router, Routing, balance_loss, cv_squared, loads, without, z_loss
+from .moe import Context, Router, Routing, balance_loss, cv_squared, loads, without, z_loss
 
 # %% ../../nbs/nn/routers.ipynb #d1445ea4
 def check_positive(**values):
@@ -210,7 +210,6 @@ class HashRouting(Router):
     @classmethod
     def example(cls, seed):
         "A table of 20 tokens, 4 experts, 10 tokens of width 6."
-        from selectbench.nn.moe import Context
         return cls(6, 4, vocab_size=20, seed=seed), (torch.randn(10, 6), Context(ids=torch.randint(20, (10,))))
 
     def forward(self, hidden, context=None, *, experts=None):
@@ -321,7 +320,7 @@ class HMoE(Measured):
 
     @classmethod
     def example(cls, seed):
-        "A router of 8 experts of 96 neurons together, for 10 tokens of width 6."
+        "A router of 8 experts of 128 neurons together, for 10 tokens of width 6."
         return cls(6, 8, widths=hmoe_widths(128)), (torch.randn(10, 6),)
 
     def route(self, hidden, experts, context):
@@ -387,12 +386,8 @@ def strata_sizes(strata, n_experts):
     return tuple(map(int, strata))
 
 # %% ../../nbs/nn/routers.ipynb #9feb16dd
-@method("moe", name="stratified_smoe", kind="architecture", returns="module", key="stratified-smoe", year=2023,
-        paper="Towards Being Parameter-Efficient: A Stratified Sparsely Activated Transformer with Dynamic Capacity",
-        authors="Xu, Haoran and Elbayad, Maha and Murray, Kenton and Maillard, Jean and Goswami, Vedanuj",
-        url="https://arxiv.org/abs/2305.02176")
-class Stratified(Measured):
-    "Tokens go through strata of experts, as many as the gates decide (Xu et al. 2023, eq. 4 to 11)."
+class Gates(Measured):
+    "A gate for each stratum, over the experts of its own and of later strata (Xu et al. 2023, eq. 4 to 10)."
     def __init__(self, width, n_experts, layer=0, *, strata=2, k=2, balance=0.01, capacity_factor=2.0, std=0.02):
         super().__init__(width, n_experts, layer, k=k, std=std)
         check_positive(capacity_factor=capacity_factor)
@@ -416,6 +411,26 @@ class Stratified(Measured):
         weights = (routing.weights / total.clamp(min=1e-9)).to(hidden)
         return replace(routing, weights=weights), torch.searchsorted(ends, chosen[:, 0] + first, right=True)
 
+# %% ../../nbs/nn/routers.ipynb #6d622156
+def joined(parts, n, hidden):
+    "One routing of `n` tokens from [(tokens int64[m], their routing)], side by side; scores of the first part."
+    experts = [r.experts.new_full((n, r.experts.shape[1]), -1).index_copy(0, t, r.experts) for t, r in parts]
+    weights = [hidden.new_zeros(n, r.weights.shape[1]).index_copy(0, t, r.weights) for t, r in parts]
+    scores = parts[0][1].scores
+    scores = scores.new_zeros(n, scores.shape[1]).index_copy(0, parts[0][0], scores)
+    passes = torch.bincount(torch.cat([t for t, _ in parts]), minlength=n)
+    dropped = [r.info["dropped"] for _, r in parts]
+    return Routing(torch.cat(experts, 1), torch.cat(weights, 1), scores,
+                   {"balance": sum(r.losses["balance"] for _, r in parts)},
+                   info={"passes": passes, "dropped": sum(dropped) / len(dropped)})
+
+# %% ../../nbs/nn/routers.ipynb #e37330db
+@method("moe", name="stratified_smoe", kind="architecture", returns="module", key="stratified-smoe", year=2023,
+        paper="Towards Being Parameter-Efficient: A Stratified Sparsely Activated Transformer with Dynamic Capacity",
+        authors="Xu, Haoran and Elbayad, Maha and Murray, Kenton and Maillard, Jean and Goswami, Vedanuj",
+        url="https://arxiv.org/abs/2305.02176")
+class Stratified(Gates):
+    "Tokens go through strata of experts, as many as the gates decide (Xu et al. 2023, eq. 4 to 11)."
     def route(self, hidden, experts, context):
         "What the first gate says of `hidden` [n, d]."
         return self.gate(0, self.norms[0](hidden), context.mask)[0]
@@ -434,19 +449,6 @@ class Stratified(Measured):
             before[here] = best + 1
             parts.append((here, routing))
         return stream - hidden, self.kept(joined(parts, n, hidden), experts)
-
-# %% ../../nbs/nn/routers.ipynb #6d622156
-def joined(parts, n, hidden):
-    "One routing of `n` tokens from [(tokens int64[m], their routing)], side by side; scores of the first part."
-    experts = [r.experts.new_full((n, r.experts.shape[1]), -1).index_copy(0, t, r.experts) for t, r in parts]
-    weights = [hidden.new_zeros(n, r.weights.shape[1]).index_copy(0, t, r.weights) for t, r in parts]
-    scores = parts[0][1].scores
-    scores = scores.new_zeros(n, scores.shape[1]).index_copy(0, parts[0][0], scores)
-    passes = torch.bincount(torch.cat([t for t, _ in parts]), minlength=n)
-    dropped = [r.info["dropped"] for _, r in parts]
-    return Routing(torch.cat(experts, 1), torch.cat(weights, 1), scores,
-                   {"balance": sum(r.losses["balance"] for _, r in parts)},
-                   info={"passes": passes, "dropped": sum(dropped) / len(dropped)})
 
 # %% ../../nbs/nn/routers.ipynb #caf08c90
 def hashed(x, salt):
