@@ -435,6 +435,16 @@ def test_padding_changes_nothing(cls):
     assert torch.allclose(again[:, :5], alone, atol=1e-6)
 
 
+@pytest.mark.parametrize("cls", ALL, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_few_tokens_all_of_them_padding_and_half_precision(cls, n):
+    layer, given = MoELayer(made(cls), Experts(8, 8, 6)), context(1, n)
+    for mask in (None, torch.zeros(n, dtype=torch.bool)):
+        assert layer(torch.randn(n, 8), mask, given).shape == (n, 8)
+        assert all(x.isfinite() for x in layer.routing.losses.values())
+    assert layer.bfloat16()(torch.randn(n, 8).bfloat16(), context=given).dtype == torch.bfloat16
+
+
 # ---- the language model
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda c: c.__name__)

@@ -60,7 +60,7 @@ def limited(routing, capacity, mask=None, priority=None):
 def neurons(routing, experts):
     "Mean number of expert neurons that serve one token, from what `routing` chose of `experts`."
     counts = loads(routing.experts, experts.n_experts).cpu()
-    return float(counts @ torch.tensor(experts.widths, dtype=torch.float64)) / len(routing.experts)
+    return float(counts @ torch.tensor(experts.widths, dtype=torch.float64)) / max(len(routing.experts), 1)
 
 # %% ../../nbs/nn/routers.ipynb #38e790d7
 class Gated(Router):
