@@ -18,7 +18,6 @@ from operator import attrgetter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..core.digest import exporting_module, source_digest
 from ..core.registry import method, methods
@@ -139,8 +138,8 @@ class _Grouped(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled(): raise NotImplementedError("experts have no second derivative (`create_graph`)")
         hidden, weights, w_in, w_out, *kept = ctx.saved_tensors
         plan = ctx.plan
         w = weights.reshape(-1)[plan.order, None]
@@ -195,7 +194,7 @@ def check_routing(routing, n, e):
 def _forward(self, hidden, routing):
     """[n, d], the weighted sum of what the chosen experts make of `hidden` [n, d]; zero for a token without any.
 
-    ValueError for an expert that there is not. First derivatives only."""
+    ValueError for an expert that there is not. First derivatives only: NotImplementedError where a second is asked."""
     check_routing(routing, len(hidden), self.n_experts)
     weights, plan = routing.weights.to(self.w_in.dtype), _Plan(routing.experts, self.widths)
     return _Grouped.apply(hidden.to(self.w_in.dtype), weights, self.w_in, self.w_out, plan, routing.on_input).to(hidden)
