@@ -312,6 +312,18 @@ def test_gate_similarity_holds_its_level():
     assert abs(np.mean([f.r2 - f.chance for f in frames])) < 0.02
 
 
+def test_gate_null_is_all_permutations():
+    "Five experts: chance and p are those of the 120 permutations of the gate vectors."
+    rng = np.random.default_rng(15)
+    router, (gate, up), down = rng.normal(size=(5, 4)), rng.normal(size=(2, 5, 3, 4)), rng.normal(size=(5, 4, 3))
+    at = np.triu_indices(5, 1)
+    pairs = lambda x: (x @ x.T / np.outer(*[np.linalg.norm(x, axis=1)] * 2))[at]
+    r2 = np.array([stats.pearsonr(pairs(router[list(o)]), pairs(up.mean(1)))[0]**2 for o in permutations(range(5))])
+    row = gate_similarity(router, gate, up, down, draws=4000).set_index("projection").loc["up"]
+    assert np.isclose(row.r2, r2[0]) and np.isclose(row.chance, r2.mean(), rtol=0.05)
+    assert abs(row.p - (r2 >= r2[0] - 1e-12).mean()) < 0.03
+
+
 def test_outputs_in_pieces():
     "A layer large enough to be cut gives what one expert pair gives by hand."
     x = np.random.default_rng(14).normal(size=(3000, 64, 2)).astype(np.float32)
