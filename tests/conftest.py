@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before BLAS is loaded: on problems this small its threads only wait
+
 import pytest
 
 SAYS = "SELECTBENCH_DATA is set, so this must run: "
