@@ -242,7 +242,7 @@ def test_direct_forms_see_the_cells_that_make_the_output(score):
 # SMEAR
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 5), st.sampled_from([None, 1, 2, 3, 8]), st.integers(0, 10**6))
+@given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 5), st.sampled_from([None, 1, 3, 8]), st.integers(0, 10**6))
 def test_smear_is_one_expert_with_averaged_weights(b, t, e, segment, seed):
     torch.manual_seed(seed)
     layer = layer_of(SMEAR(6, e, segment=segment, scale=1.0)).eval()
