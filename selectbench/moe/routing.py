@@ -141,14 +141,17 @@ def _scores(model, blocks, batch_size):
 
 @torch.no_grad()
 def future_leak(model, blocks) -> float:
-    "The largest change of a log-probability in the first half of full rows when only tokens of the second half change."
-    half, rows = blocks.documents.shape[1] // 2, []
-    for row in torch.from_numpy(blocks.tokens[:, :-1]).long():
-        other = torch.cat([row[:half], row[half:].flip(0)])
+    """The largest change of a log-probability in the first half of full rows when the second half is another row's.
+
+    ValueError for fewer than two rows."""
+    if len(blocks) < 2: raise ValueError(f"`blocks` must hold two rows or more, got {len(blocks)}")
+    ids, half, moved = torch.from_numpy(blocks.tokens[:, :-1]).long(), blocks.documents.shape[1] // 2, []
+    for row, other in zip(ids, ids.roll(1, 0), strict=True):
         with _drawing_from(0): before = model(row[None]).logits[0, :half].log_softmax(-1)
-        with _drawing_from(0): after = model(other[None]).logits[0, :half].log_softmax(-1)
-        rows.append((before - after).abs().max())
-    return float(max(rows))
+        changed = torch.cat([row[:half], other[half:]])
+        with _drawing_from(0): after = model(changed[None]).logits[0, :half].log_softmax(-1)
+        moved.append((before - after).abs().max())
+    return float(max(moved))
 
 # %% ../../nbs/moe/routing.ipynb #6ba748d3
 def losses_without_future(model, blocks) -> np.ndarray:
@@ -159,7 +162,7 @@ def losses_without_future(model, blocks) -> np.ndarray:
     return _scores(model, Blocks(blocks.tokens[row], seen), 1)[np.arange(n * t), last].reshape(n, t)
 
 # %% ../../nbs/moe/routing.ipynb #9a1d9733
-LEAK = 1e-3  # nats; above it a router looks ahead, below it float32 rounds
+LEAK = 1e-5  # of a log-probability: above it a router looks ahead; float32 rounds by about a tenth of that
 
 
 def _read(model, texts, tokenizer, block, batch_size):
