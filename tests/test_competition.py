@@ -352,6 +352,16 @@ def test_a_segment_after_nothing_is_merged_equally():
     assert not torch.allclose(layer.routing.info["merged"][0, 2], torch.full((4,), 0.25), atol=1e-3)
 
 
+def test_what_serves_a_token_is_counted():
+    experts, one = Experts(6, 4, 5), 3 * 6 * 5
+    assert AvgK(6, 4, k=3).active(experts) == 3 * one + 4 * 6                    # four mean keys
+    assert AvgK(6, 4, k=3, score="max").active(experts) == 3 * one + 2 * 4 * 5 * 6
+    router = 4 * 6 + 2 * 2 * 6                                                   # weights and two LayerNorms
+    assert SMEAR(6, 4).active(experts) == router + one
+    assert SegmentSMEAR(6, 4, segment=10).active(experts) == router + one + 4 * one / 10
+    assert CompeteSMoE(6, 4, k=2).active(experts) == 4 * 6 + 2 * one             # outside contests
+
+
 def test_the_vision_options_are_options(): CompeteSMoE(6, 4, **VISION)
 
 
