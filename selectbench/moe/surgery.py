@@ -79,15 +79,11 @@ def router_mass(router_scores, router_experts, router_weights, k) -> Selection:
 
 # %% ../../nbs/moe/surgery.ipynb #e018baf4
 @method("moe", **_REAP, **_CHOICE)
-def reap(expert_norms, router_experts, router_weights, k, *,
-         weighted=True,  # multiply each norm by the router's weight
-         mean=True,      # over served tokens; False: their sum
-         ) -> Selection:
-    "The `k` experts with the largest weighted output norm per token served (Lasby et al. 2025, REAP)."
-    norms, e = _at(expert_norms, router_experts), expert_norms.shape[1]
-    total = _per_expert(norms * router_weights if weighted else norms, router_experts, e)
+def reap(expert_norms, router_experts, router_weights, k) -> Selection:
+    "The `k` experts with the largest mean of weight times output norm over served tokens (Lasby et al. 2025)."
+    norms, e = _at(expert_norms, router_experts) * router_weights, expert_norms.shape[1]
     load = np.maximum(_per_expert(1.0, router_experts, e), 1)
-    return _keep(total / load if mean else total, expert_norms.mean(0, dtype=np.float64), k)
+    return _keep(_per_expert(norms, router_experts, e) / load, expert_norms.mean(0, dtype=np.float64), k)
 
 # %% ../../nbs/moe/surgery.ipynb #357ec658
 _EAN = dict(paper="Finding Fantastic Experts in MoEs: A Unified Study for Expert Dropping Strategies and Observations",
@@ -434,9 +430,10 @@ def layer_signals(module, ids) -> dict:
         e, weights = seen.scores[layer].shape[1], expert_weights(module, layer)
         outputs = torch.stack([expert_output(module, layer, j, seen.inputs[layer]) for j in range(e)], 1).numpy()
         routing = {f"router_{name}": getattr(seen, name)[layer].numpy() for name in ("scores", "experts", "weights")}
-        matrices = {f"expert_{name}": weights[name] for name in ("gate", "up", "down")}
+        matrices = {f"expert_{name}": weights[name] for name in ("gate", "up", "down") if name in weights}
+        if "router" in weights: matrices["router"] = weights["router"]
         out[layer] = {"n": e, **routing, "expert_outputs": outputs, "expert_norms": np.linalg.norm(outputs, axis=2),
-                      "router": weights["router"], **matrices}
+                      **matrices}
     return out
 
 
@@ -452,9 +449,12 @@ def calibrate(model, texts, n_tokens=1024) -> dict:
 def choose_experts(fn, signals, k, *, seed=0, **options) -> dict:
     """layer -> what the registered method `fn` makes of each layer's own signals (of `layer_signals`) with budget `k`.
 
-    For `prune_experts` and `merge_experts`. A method that draws gets another seed, made from `seed`, for each layer."""
+    For `prune_experts` and `merge_experts`. A method that draws gets another seed, made from `seed`, for each layer.
+    ValueError if a layer lacks a signal (experts without a gate have no `expert_gate`)."""
     out = {}
     for i, (layer, found) in enumerate(signals.items()):
+        lacking = [name for name in fn.card.signals if name not in found]
+        if lacking: raise ValueError(f"`signals` of {layer} lack {', '.join(lacking)}, which {fn.card.name} needs")
         if "seed" in fn.card.options: options["seed"] = int(np.random.SeedSequence([seed, i]).generate_state(1)[0])
         out[layer] = fn(**{name: found[name] for name in fn.card.signals}, k=k, **options)
     return out
