@@ -193,7 +193,6 @@ def dsir(folder, args):
         write_pool(folder, args.mb / share)
         print(f"DSIR, {args.mb / share:g} MB, {sum(1 for _ in (folder / 'pool.jsonl').open()):,} documents")
         seconds[share] = compare(["fast", "sha256"], folder, 1, args)
-        if share == 1: kl_reductions(folder)
         if share > 1 or not args.peers: continue
         for processes in args.processes:
             peer = compare(["peer"], folder, processes, args)["peer"]
@@ -218,22 +217,33 @@ def zip_fits(folder, args):
     print(f"  growth of zip_fit: log-log slope {slope(args.texts, [s['zip_fit'] for s in seconds.values()]):.2f}")
 
 
-def kl_reductions(folder, k=10_000):
-    "Print the KL reduction, by a third hash, of what both hashes draw among the texts of at least 100 tokens."
+def kl_reductions(draws=20, share=.2):
+    """Print how far the KL reductions of what both hashes draw are apart, by a third hash, over `draws` of each kind.
+
+    Of the published texts with 100 tokens, as data-selection's default has it. Each draw is another hash: the fast one
+    by its seed, sha256 by its number of buckets."""
     import numpy as np
+    from scipy.stats import sem, t
 
     from selectbench.core.selection import gumbel_top_k
-    from selectbench.data.importance import HashedNgrams, kl_reduction
-    texts, judge = read(folder, "pool"), HashedNgrams(2, 9973, "sha256")
-    goal, raw = judge.counts(read(folder, "target")), judge.counts(texts)
-    long = judge.sums(texts, np.zeros(judge.buckets))[1] >= 100        # as data-selection's default has it
-    k = min(k, int(long.sum()) // 5)
-    reach = lambda index: kl_reduction(goal, raw, judge.counts([texts[i] for i in index]))
-    weight = {name: np.where(long, np.load(folder / f"{name}-1.npy"), -np.inf) for name in ("fast", "sha256")}
-    found = {name: np.mean([reach(gumbel_top_k(w, k, s)[0]) for s in range(3)]) for name, w in weight.items()}
-    chance = reach(np.random.default_rng(0).permutation(np.flatnonzero(long))[:k])
-    print(f"  KL reduction of {k:,} drawn of {long.sum():,} with 100 tokens: fast {found['fast']:.4f}, sha256 "
-          f"{found['sha256']:.4f} ({found['fast'] / found['sha256'] - 1:+.2%}), random {chance:.4f}", flush=True)
+    from selectbench.data.importance import HashedNgrams, kl_reduction, log_importance
+    from selectbench.pools.text import gsm8k
+    texts, target, judge = source(), gsm8k().questions, HashedNgrams(2, 9973, "sha256")
+    bags, goal = judge(texts), judge.counts(target)
+    long = judge.sums(texts, np.zeros(judge.buckets))[1] >= 100
+    k, total = round(share * long.sum()), lambda rows: np.asarray(bags[rows].sum(0)).ravel()
+    raw = total(np.arange(len(texts)))
+    reach = lambda weight: np.mean([kl_reduction(goal, raw, total(gumbel_top_k(weight, k, s)[0])) for s in range(10)])
+    of = lambda features: reach(np.where(long, log_importance([texts], target, features=features), -np.inf))
+    kinds = {"fast": [HashedNgrams(seed=i) for i in range(draws)],
+             "sha256": [HashedNgrams(2, 9000 + 100 * i, "sha256") for i in range(draws)]}
+    found = {name: np.array([of(features) for features in some]) for name, some in kinds.items()}
+    gap, width = found["fast"] - found["sha256"], t.ppf(.975, draws - 1)
+    scale, chance = found["sha256"].mean(), reach(np.where(long, 0, -np.inf))
+    print(f"KL reduction of {k:,} drawn of {long.sum():,} with 100 tokens, {draws} hashes of each kind: fast "
+          f"{found['fast'].mean():.4f}, sha256 {scale:.4f}, random {chance:.4f}; difference {gap.mean() / scale:+.2%} "
+          f"± {width * sem(gap) / scale:.2%}; one hash of a kind from another: {found['sha256'].std(ddof=1) / scale:.2%}",
+          flush=True)
 
 
 def main():
@@ -243,7 +253,7 @@ def main():
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of data-selection")
     parser.add_argument("--rounds", type=int, default=3, help="times each contender runs")
     parser.add_argument("--peers", help="a folder with data-selection 1.0.3 and nltk")
-    parser.add_argument("--only", choices=["dsir", "zip_fit"])
+    parser.add_argument("--only", choices=["dsir", "zip_fit", "kl"])
     for hidden in ("--one", "--folder"): parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--n", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -251,9 +261,10 @@ def main():
     if args.one: return child(args.one, Path(args.folder), args.n)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        if args.only != "zip_fit": dsir(folder, args)
+        if args.only in (None, "dsir"): dsir(folder, args)
+        if args.only in (None, "kl"): kl_reductions()
         write_pool(folder, 10)
-        if args.only != "dsir": zip_fits(folder, args)
+        if args.only in (None, "zip_fit"): zip_fits(folder, args)
 
 
 if __name__ == "__main__":

@@ -80,11 +80,11 @@ def _mix(h):
 
 
 @njit(cache=True)
-def _fingerprints(text, start, stop, n):
+def _fingerprints(text, start, stop, n, seed):
     "uint64[tokens, n]: the 64-bit hash of the 1, 2, ..., n tokens that end here, whether of one document or not."
     out = np.zeros((len(start), n), np.uint64)
     for t in range(len(start)):
-        h = np.uint64(0xCBF29CE484222325)
+        h = np.uint64(0xCBF29CE484222325) ^ np.uint64(seed)
         for i in range(start[t], stop[t]): h = (h ^ text[i]) * np.uint64(0x100000001B3)
         out[t, 0] = _mix(h)
         for m in range(1, min(n, t + 1)):
@@ -122,14 +122,14 @@ def _sha256(fingerprint, buckets, known, text, start, stop, last, length):
     return bucket.astype(np.int32)[code]
 
 # %% ../../nbs/data/importance.ipynb #0173d877
-def _block(texts, ngrams, buckets, known=None):
+def _block(texts, ngrams, buckets, seed=0, known=None):
     "Buckets int32[grams] of all n-grams of `texts`, where those of each text begin int64[n + 1], its tokens int64[n]."
     text, ends = _buffer(texts)
     start, stop, first = _tokens(text, ends, _kinds())
     size = np.diff(first)
     place = np.arange(len(start)) - np.repeat(first[:-1], size)           # of the token in its document
     inside = place[:, None] >= np.arange(ngrams)
-    grams = _fingerprints(text, start, stop, ngrams)[inside]
+    grams = _fingerprints(text, start, stop, ngrams, seed)[inside]
     begin = np.append(0, np.cumsum(sum(np.maximum(size - m, 0) for m in range(ngrams))))
     if known is None: return _fast(grams, buckets), begin, size
     last, shorter = np.nonzero(inside)
@@ -149,22 +149,26 @@ def _runs(texts, characters=4_000_000):
 class HashedNgrams:
     """Counts of hashed word n-grams, n = 1, ..., `ngrams`, in `buckets` buckets. Xie et al. 2023, section 4.
 
-    `hashing`: "fast" (64-bit FNV-1a, MurmurHash3 finisher) or "sha256", that of the `data-selection` package. Tokens
-    are lower-cased runs of word characters or of punctuation. ValueError for an option out of range."""
+    `hashing`: "fast" (64-bit FNV-1a, MurmurHash3 finisher; `seed` gives others of its kind) or "sha256", that of the
+    `data-selection` package, without a seed. Tokens are lower-cased runs of word characters or of punctuation.
+    ValueError for an option out of range."""
     ngrams: int = 2
     buckets: int = 10_000
     hashing: str = "fast"
+    seed: int = 0
     _known: tuple = field(default=None, init=False, repr=False, compare=False)     # n-grams digested before
 
     def __post_init__(self):
         if self.ngrams < 1: raise ValueError(f"`ngrams` must be at least 1, got {self.ngrams}")
         if not 1 <= self.buckets < 2**31: raise ValueError(f"`buckets` must lie in [1, 2^31), got {self.buckets}")
         if self.hashing not in ("fast", "sha256"): raise ValueError(f"`hashing`: fast or sha256, got {self.hashing}")
+        if not 0 <= self.seed < 2**63 or self.seed and self.hashing == "sha256":
+            raise ValueError(f"`seed` must lie in [0, 2^63), and be 0 with sha256, got {self.seed}")
         known = (np.zeros(1 << 20, np.uint64), np.zeros(1 << 20, np.int32)) if self.hashing == "sha256" else None
         object.__setattr__(self, "_known", known)
 
     def _blocks(self, texts):
-        for run in _runs(texts): yield _block(run, self.ngrams, self.buckets, self._known)
+        for run in _runs(texts): yield _block(run, self.ngrams, self.buckets, self.seed, self._known)
 
     def __call__(self, texts):
         "Sparse int64[n, buckets]: the counts of each text."
