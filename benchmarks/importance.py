@@ -242,7 +242,7 @@ def kl_reductions(draws=20, share=.2):
     scale, chance = found["sha256"].mean(), reach(np.where(long, 0, -np.inf))
     print(f"KL reduction of {k:,} drawn of {long.sum():,} with 100 tokens, {draws} hashes of each kind: fast "
           f"{found['fast'].mean():.4f}, sha256 {scale:.4f}, random {chance:.4f}; difference {gap.mean() / scale:+.2%} "
-          f"± {width * sem(gap) / scale:.2%}; one hash of a kind from another: {found['sha256'].std(ddof=1) / scale:.2%}",
+          f"± {width * sem(gap) / scale:.2%}; between hashes of a kind {found['sha256'].std(ddof=1) / scale:.2%}",
           flush=True)
 
 
