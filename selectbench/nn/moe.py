@@ -335,7 +335,7 @@ class TopK(Router):
         probs = logits.float().softmax(-1)
         weights, chosen = probs.topk(self.k, -1)
         if self.normalise: weights = weights / weights.sum(-1, keepdim=True)
-        losses = {"balance": self.balance * balance_loss(probs, chosen, context.mask)}
+        losses = {"balance": self.balance * balance_loss(probs, chosen, context.mask)} if self.balance else {}
         if self.z: losses["z"] = self.z * z_loss(logits, context.mask)
         return Routing(chosen, weights.to(hidden), probs, losses)
 
