@@ -175,7 +175,7 @@ def ranking_agrees(fn):
 
 # %% ../../nbs/core/conformance.ipynb #f990dc45
 def _shuffled(fn, signals, order):
-    "The signals of the pool whose item i is the old item order[i]."
+    "The signals of the pool whose item i is the old item order[i]; experts that a signal names have new numbers."
     axis = SELECTS[fn.card.selects]
     out = {}
     for name, value in signals.items():
@@ -183,6 +183,8 @@ def _shuffled(fn, signals, order):
         if axis not in shape or SIGNALS[name].dtype == "callable": out[name] = value
         elif isinstance(value, list): out[name] = [value[i] for i in order]
         else: out[name] = np.take(value, order, axis=shape.index(axis))
+    if axis == "e" and "router_experts" in out:
+        out["router_experts"] = np.append(np.argsort(order), -1)[out["router_experts"]]     # -1, nobody, stays -1
     return out
 
 

@@ -60,8 +60,7 @@ _SEER = dict(paper="SEER-MoE: Sparse Expert Efficiency through Regularization fo
 _REAP = dict(paper="REAP the Experts: Why Pruning Prevails for One-Shot MoE compression", year=2025,
              authors="Lasby, Mike and Lazarevich, Ivan and Sinnadurai, Nish and Lie, Sean and Ioannou, Yani and "
                      "Thangarasa, Vithursan", url="https://arxiv.org/abs/2510.13999")
-_SHUFFLE = {"follows_shuffle": "the check shuffles experts but not their numbers in `router_experts`; tested apart"}
-_CHOICE = dict(selects="experts", deterministic=True, ranking=True, exempt=_SHUFFLE)
+_CHOICE = dict(selects="experts", deterministic=True, ranking=True)
 
 
 @method("moe", **_SEER, **_CHOICE)
@@ -142,7 +141,7 @@ def _best_set(layer, e, k, exact_up_to):
     return kept
 
 # %% ../../nbs/moe/surgery.ipynb #3280c0d7
-@method("moe", selects="experts", deterministic=True, exempt=_SHUFFLE, year=2024,
+@method("moe", selects="experts", deterministic=True, year=2024,
         url="https://arxiv.org/abs/2402.14800",
         paper="Not All Experts are Equal: Efficient Expert Pruning and Skipping for Mixture-of-Experts Large Language "
               "Models", authors="Lu, Xudong and Liu, Qi and Xu, Yuhui and Zhou, Aojun and Huang, Siyuan and "
