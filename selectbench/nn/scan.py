@@ -496,7 +496,7 @@ def selective_scan(
 
 # %% ../../nbs/nn/scan.ipynb #b6ef1fa9
 def _ssd_chunk(x, logs, B, C, state):
-    "(y, state) of a chunk; x [b, l, h, p] times delta, logs = delta A [b, l, h], B, C [b, l, g, n], state [b, h, p, n]."
+    "(y, state) of a chunk; x [b, l, h, p] times delta, logs = delta A [b, l, h], B, C [b, l, g, n], state [b, h, p, n]"
     length, groups = x.shape[1], B.shape[2]
     total = logs.to(logs.dtype if x.device.type == "mps" else torch.float64).cumsum(1).transpose(1, 2)  # [b, h, l]
     future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
