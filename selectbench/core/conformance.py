@@ -198,7 +198,7 @@ def follows_shuffle(fn):
         if np.array_equal(_call(fn, signals).index, order[_call(fn, moved).index]): return None
         return "chooses other items, or in another order, when the pool is shuffled"
     alike = lambda seed: np.array_equal(_call(fn, signals, seed=seed).index, order[_call(fn, moved, seed=seed).index])
-    if all(map(alike, range(5))): return None  # a draw that does not see the order, such as one for each item's own data
+    if all(map(alike, range(5))): return None  # what it draws does not depend on the order
     return _frequencies_differ(fn, signals, moved, order, n)
 
 
