@@ -228,7 +228,8 @@ KINDS = {
 def tiny(kind, noise=0.2):
     "A small random language model of this kind, its weights moved so that every part matters."
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **SIZES | KINDS[kind]))
+    config = transformers.AutoConfig.for_model(kind, **SIZES | KINDS[kind])
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for p in model.parameters(): p.data.add_(noise * torch.randn_like(p))
     return model
 

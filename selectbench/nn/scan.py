@@ -198,7 +198,7 @@ def _write(tile, x, b, c, many, start, stop):
     for t in range(done, stop):
         for i in range(many): a[base + i * sc + t * st] = tile[(t - start) * LANES + i]
 
-
+# %% ../../nbs/nn/scan.ipynb #3b667b01
 @njit
 def _rows(x, b, n, start, stop, out):
     "x = (flat array, strides) [batch, n, time], times start to stop, into out[time n]."
@@ -243,22 +243,20 @@ def _forward(u, delta, A, B, C, D, bounds, chunk, length, d, tasks, y):
     n, wide, (states, chunks) = A.shape[0], A.shape[1], (bounds.ravel(), bounds.shape[1] - 1)
     weights, tile = A.ravel(), np.empty((3, chunk * LANES), A.dtype)
     rows, work = np.empty((2, chunk * n), A.dtype), np.empty((2, n * LANES), A.dtype)
-    for k in range(tasks.shape[0]):
-        b, _, first, last = tasks[k]
-        for c in range(chunks):
-            start, stop = c * chunk, min(c * chunk + chunk, length)
-            _rows(B, b, n, start, stop, rows[0])
-            _rows(C, b, n, start, stop, rows[1])
-            for w in range(first, last, LANES):
-                many, at = min(LANES, d - w), (b * (chunks + 1) + c) * n * wide + w
-                _read(u, b, w, many, start, stop, tile[0])
-                _read(delta, b, w, many, start, stop, tile[1])
-                _gather(weights, w, wide, n, work[0])
-                _gather(states, at, wide, n, work[1])
-                skip = _load(D, w)
-                _advance(stop - start, n, tile[0], tile[1], rows[0], rows[1], work[0], skip, work[1], tile[2])
-                _scatter(work[1], n, states, at + n * wide, wide)
-                _write(tile[2], y, b, w, many, start, stop)
+    for k in range(len(tasks) * chunks):
+        (b, _, first, last), c = tasks[k // chunks], k % chunks
+        start, stop = c * chunk, min(c * chunk + chunk, length)
+        _rows(B, b, n, start, stop, rows[0])
+        _rows(C, b, n, start, stop, rows[1])
+        for w in range(first, last, LANES):
+            many, at = min(LANES, d - w), (b * (chunks + 1) + c) * n * wide + w
+            _read(u, b, w, many, start, stop, tile[0])
+            _read(delta, b, w, many, start, stop, tile[1])
+            _gather(weights, w, wide, n, work[0])
+            _gather(states, at, wide, n, work[1])
+            _advance(stop - start, n, tile[0], tile[1], rows[0], rows[1], work[0], _load(D, w), work[1], tile[2])
+            _scatter(work[1], n, states, at + n * wide, wide)
+            _write(tile[2], y, b, w, many, start, stop)
 
 # %% ../../nbs/nn/scan.ipynb #a6fde52e
 @njit
@@ -274,7 +272,7 @@ def _again(steps, n, u, delta, B, A, a, h):
             _store(a, at, decay)
             _store(h, at + row, _fma(decay, _load(h, at), _mul(dx, _each(B, t * n + j))))
 
-
+# %% ../../nbs/nn/scan.ipynb #155dfc04
 @njit
 def _back(steps, n, u, delta, B, C, A, skip, gy, a, h, g, dA, dB, dC, dD):
     "Gradients of a chunk: that of u overwrites gy, that of delta overwrites delta, others are added to."
@@ -303,7 +301,7 @@ def _back(steps, n, u, delta, B, C, A, skip, gy, a, h, g, dA, dB, dC, dD):
 def _reduce(many, lanes, out, at):
     for i in range(many): out[at + i] = _total(_load(lanes, i * LANES))
 
-# %% ../../nbs/nn/scan.ipynb #155dfc04
+# %% ../../nbs/nn/scan.ipynb #bf0c4695
 @njit(nogil=True, cache=True)
 def _backward(u, delta, A, B, C, D, bounds, chunk, length, d, tasks, gy, gstates, du, ddelta, g, dA, dB, dC, dD):
     "Gradients; g [b, n, wide] is that by the first state; dA [b, n, wide], dD [b wide], dB, dC [parts, b, length, n]."
@@ -312,35 +310,34 @@ def _backward(u, delta, A, B, C, D, bounds, chunk, length, d, tasks, gy, gstates
     all_g, all_dA, all_dB, all_dC = g.ravel(), dA.ravel(), dB.ravel(), dC.ravel()
     tile, rows = np.empty((3, chunk * LANES), A.dtype), np.empty((2, chunk * n), A.dtype)
     work, kept = np.empty((3, n * LANES), A.dtype), np.empty((4, (chunk + 1) * n * LANES), A.dtype)
-    for k in range(tasks.shape[0]):
-        b, part, first, last = tasks[k]
-        for c in range(chunks - 1, -1, -1):
-            start, stop = c * chunk, min(c * chunk + chunk, length)
-            _rows(B, b, n, start, stop, rows[0])
-            _rows(C, b, n, start, stop, rows[1])
-            kept[2:] = 0
-            for w in range(first, last, LANES):
-                many, at, own = min(LANES, d - w), (b * (chunks + 1) + c) * n * wide + w, b * n * wide + w
-                _read(u, b, w, many, start, stop, tile[0])
-                _read(delta, b, w, many, start, stop, tile[1])
-                _read(gy, b, w, many, start, stop, tile[2])
-                _gather(weights, w, wide, n, work[0])
-                _gather(all_g, own, wide, n, work[1])
-                _gather(all_dA, own, wide, n, work[2])
-                _gather(states, at, wide, n, kept[0])
-                if after: _include(extra, at + n * wide, wide, n, work[1])
-                _again(stop - start, n, tile[0], tile[1], rows[0], work[0], kept[1], kept[0])
-                skip, dskip = _load(D, w), _load(dD, b * wide + w)
-                dskip = _back(stop - start, n, tile[0], tile[1], rows[0], rows[1], work[0], skip, tile[2], kept[1],
-                              kept[0], work[1], work[2], kept[2], kept[3], dskip)
-                _store(dD, b * wide + w, dskip)
-                _scatter(work[1], n, all_g, own, wide)
-                _scatter(work[2], n, all_dA, own, wide)
-                _write(tile[2], du, b, w, many, start, stop)
-                _write(tile[1], ddelta, b, w, many, start, stop)
-            at = ((part * dB.shape[1] + b) * length + start) * n
-            _reduce((stop - start) * n, kept[2], all_dB, at)
-            _reduce((stop - start) * n, kept[3], all_dC, at)
+    for k in range(len(tasks) * chunks):
+        (b, part, first, last), c = tasks[k // chunks], chunks - 1 - k % chunks
+        start, stop = c * chunk, min(c * chunk + chunk, length)
+        _rows(B, b, n, start, stop, rows[0])
+        _rows(C, b, n, start, stop, rows[1])
+        kept[2:] = 0
+        for w in range(first, last, LANES):
+            many, at, own = min(LANES, d - w), (b * (chunks + 1) + c) * n * wide + w, b * n * wide + w
+            _read(u, b, w, many, start, stop, tile[0])
+            _read(delta, b, w, many, start, stop, tile[1])
+            _read(gy, b, w, many, start, stop, tile[2])
+            _gather(weights, w, wide, n, work[0])
+            _gather(all_g, own, wide, n, work[1])
+            _gather(all_dA, own, wide, n, work[2])
+            _gather(states, at, wide, n, kept[0])
+            if after: _include(extra, at + n * wide, wide, n, work[1])
+            _again(stop - start, n, tile[0], tile[1], rows[0], work[0], kept[1], kept[0])
+            skip, dskip = _load(D, w), _load(dD, b * wide + w)
+            dskip = _back(stop - start, n, tile[0], tile[1], rows[0], rows[1], work[0], skip, tile[2], kept[1], kept[0],
+                          work[1], work[2], kept[2], kept[3], dskip)
+            _store(dD, b * wide + w, dskip)
+            _scatter(work[1], n, all_g, own, wide)
+            _scatter(work[2], n, all_dA, own, wide)
+            _write(tile[2], du, b, w, many, start, stop)
+            _write(tile[1], ddelta, b, w, many, start, stop)
+        at = ((part * dB.shape[1] + b) * length + start) * n
+        _reduce((stop - start) * n, kept[2], all_dB, at)
+        _reduce((stop - start) * n, kept[3], all_dC, at)
 
 # %% ../../nbs/nn/scan.ipynb #486fd061
 def _flat(x):
