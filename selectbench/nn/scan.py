@@ -246,12 +246,10 @@ def _forward(u, delta, A, B, C, D, bounds, chunk, length, d, tasks, y):
     for k in range(len(tasks) * chunks):
         (b, _, first, last), c = tasks[k // chunks], k % chunks
         start, stop = c * chunk, min(c * chunk + chunk, length)
-        _rows(B, b, n, start, stop, rows[0])
-        _rows(C, b, n, start, stop, rows[1])
+        for i in range(2): _rows((B, C)[i], b, n, start, stop, rows[i])
         for w in range(first, last, LANES):
             many, at = min(LANES, d - w), (b * (chunks + 1) + c) * n * wide + w
-            _read(u, b, w, many, start, stop, tile[0])
-            _read(delta, b, w, many, start, stop, tile[1])
+            for i in range(2): _read((u, delta)[i], b, w, many, start, stop, tile[i])
             _gather(weights, w, wide, n, work[0])
             _gather(states, at, wide, n, work[1])
             _advance(stop - start, n, tile[0], tile[1], rows[0], rows[1], work[0], _load(D, w), work[1], tile[2])
@@ -313,14 +311,11 @@ def _backward(u, delta, A, B, C, D, bounds, chunk, length, d, tasks, gy, gstates
     for k in range(len(tasks) * chunks):
         (b, part, first, last), c = tasks[k // chunks], chunks - 1 - k % chunks
         start, stop = c * chunk, min(c * chunk + chunk, length)
-        _rows(B, b, n, start, stop, rows[0])
-        _rows(C, b, n, start, stop, rows[1])
+        for i in range(2): _rows((B, C)[i], b, n, start, stop, rows[i])
         kept[2:] = 0
         for w in range(first, last, LANES):
             many, at, own = min(LANES, d - w), (b * (chunks + 1) + c) * n * wide + w, b * n * wide + w
-            _read(u, b, w, many, start, stop, tile[0])
-            _read(delta, b, w, many, start, stop, tile[1])
-            _read(gy, b, w, many, start, stop, tile[2])
+            for i in range(3): _read((u, delta, gy)[i], b, w, many, start, stop, tile[i])
             _gather(weights, w, wide, n, work[0])
             _gather(all_g, own, wide, n, work[1])
             _gather(all_dA, own, wide, n, work[2])
@@ -333,8 +328,7 @@ def _backward(u, delta, A, B, C, D, bounds, chunk, length, d, tasks, gy, gstates
             _store(dD, b * wide + w, dskip)
             _scatter(work[1], n, all_g, own, wide)
             _scatter(work[2], n, all_dA, own, wide)
-            _write(tile[2], du, b, w, many, start, stop)
-            _write(tile[1], ddelta, b, w, many, start, stop)
+            for i in range(2): _write(tile[i + 1], (ddelta, du)[i], b, w, many, start, stop)
         at = ((part * dB.shape[1] + b) * length + start) * n
         _reduce((stop - start) * n, kept[2], all_dB, at)
         _reduce((stop - start) * n, kept[3], all_dC, at)
