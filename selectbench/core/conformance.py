@@ -180,7 +180,8 @@ def _shuffled(fn, signals, order):
     out = {}
     for name, value in signals.items():
         shape = SIGNALS[name].shape
-        if axis not in shape or SIGNALS[name].dtype == "callable": out[name] = value
+        if name == "kept_loss": out[name] = lambda kept, loss=value: loss(np.asarray(kept)[np.argsort(order)])
+        elif axis not in shape or SIGNALS[name].dtype == "callable": out[name] = value
         elif isinstance(value, list): out[name] = [value[i] for i in order]
         else: out[name] = np.take(value, order, axis=shape.index(axis))
     if axis == "e" and "router_experts" in out:

@@ -188,15 +188,39 @@ def _expert_table():
         "down_proj": (("d", "f"), f, "its down projection", _normal("d", "f")),
     }
 
+# %% ../../nbs/core/vocabulary.ipynb #2905deed
+def _kept_loss(rng, z):
+    "A callable bool[n] -> float: a price for each part that is gone, and more for neighbours that are both gone."
+    price, both = rng.gamma(2, size=z["n"]), rng.gamma(1, size=z["n"] - 1)
+    def loss(kept):
+        gone = ~np.asarray(kept, dtype=bool)
+        return float(1 + price @ gone + both @ (gone[1:] & gone[:-1]))
+    return loss
 
-_TABLES = _table() | _model_table() | _training_table() | _expert_table()
+
+def _scan_table():
+    "name -> (shape, dtype, what, sampler): what a selective scan is given, and a model without some of its parts."
+    f = "float32"
+    return {
+        "scan_input": (("x", "i"), f, "input of a selective scan", _normal("x", "i")),
+        "scan_delta": (("x", "i"), f, "its step sizes, after softplus", _positive("x", "i")),
+        "scan_a": (("i", "h"), f, "its decay rates, negative",
+                   lambda rng, z: -rng.gamma(2, size=(z["i"], z["h"])).astype(f)),
+        "scan_b": (("x", "h"), f, "what it writes to the state, by position", _normal("x", "h")),
+        "scan_c": (("x", "h"), f, "what it reads from the state, by position", _normal("x", "h")),
+        "kept_loss": (("n",), "callable", "loss of a model that keeps some of its n parts: bool[n] -> float",
+                      _kept_loss),
+    }
+
+
+_TABLES = _table() | _model_table() | _training_table() | _expert_table() | _scan_table()
 for _name, (_shape, _dtype, _what, _sample) in _TABLES.items():
     _sample.__doc__ = _what
     signal(_name, _shape, _dtype, _sample)
 
 # %% ../../nbs/core/vocabulary.ipynb #4b38c9da
 SIZES = {"n": 40, "q": 11, "m": 7, "c": 3, "d": 6, "p": 13, "t": 5, "s": 8, "z": 4, "g": 9, "u": 12, "j": 2,
-         "r": 10, "e": 14, "a": 2, "f": 15, "l": 16}
+         "r": 10, "e": 14, "a": 2, "f": 15, "l": 16, "x": 17, "i": 18, "h": 19}
 
 
 def sample_signals(names, seed=0, **sizes):
