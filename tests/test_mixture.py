@@ -132,7 +132,7 @@ BAD = {
     "`skills_graph` has an empty row, 1": dict(skills_graph=np.array([[1.0, 1], [0, 0]])),
     "`skills_graph` has 1 NaN": dict(skills_graph=np.array([[1, np.nan], [0, 1]])),
     "`groups`": dict(groups=np.array([0, 2])),
-    "`target_groups` must hold": dict(target_groups=np.array([0, 2])),
+    "`target_groups` must lie": dict(target_groups=np.array([0, 2])),
     "`target_groups` is empty": dict(target_groups=np.array([], dtype=int)),
     "`rounds`": dict(rounds=0), "`window`": dict(window=0), "`evaluations`": dict(evaluations=0),
 }
