@@ -463,7 +463,7 @@ def _uneven(config, state, keep):
     "The module in which the layers in `keep` (path -> int64[k]) have only these experts, and the others all of theirs."
     module = build({"config": config.to_dict() | {"output_router_logits": False}})  # a balance loss wants equal layers
     for layer, kept in keep.items():
-        module.set_submodule(layer, type(module.get_submodule(layer))(_resized(config, len(kept))))
+        module.set_submodule(layer, type(module.get_submodule(layer))(_resized(module.config, len(kept))))
     module.load_state_dict(_cut(state, keep))
     return module.eval()
 

@@ -71,7 +71,7 @@ def moe_study(seeds=10, budgets=(4, 12)):
     config = OlmoeConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
                          num_key_value_heads=4, num_experts=16, num_experts_per_tok=2, norm_topk_prob=True,
                          output_router_logits=True, max_position_embeddings=128, tie_word_embeddings=True)
-    model = train_lm(config, texts[::2], 100_000, tokenizer=pool_tokenizer(texts[::2], 512), block=64, batch_size=8,
+    model = train_lm(config, texts[::2], 60_000, tokenizer=pool_tokenizer(texts[::2], 512), block=64, batch_size=8,
                      lr=1e-2, checkpoint_every=0)
     task = expert_task(model, texts[::2], texts[1::2], n_test=40, name="experts of a small OLMoE")
     return Study(task, _served("moe", task), list(budgets), seeds)
