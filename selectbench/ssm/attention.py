@@ -79,7 +79,7 @@ def attention_means(
         signed[rows, :rows.stop] += alpha.sum(0)
         absolute[rows, :rows.stop] += np.abs(alpha).sum(0)
         low, high = min(low, alpha.min()), max(high, alpha.max())
-    low, high = (min(low, 0), max(high, 0)) if x > 1 else (low, high)  # the empty triangle belongs to the matrix
+    if x > 1: low, high = min(low, 0), max(high, 0)  # the empty triangle belongs to the matrix
     return {"attention": signed / len(channels), "absolute": absolute / len(channels), "low": low, "high": high}
 
 # %% ../../nbs/ssm/attention.ipynb #6922ef4e
