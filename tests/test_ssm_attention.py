@@ -61,12 +61,12 @@ def test_pieces_do_not_matter(block):
 
 
 def test_memory_is_bounded():
-    signals = sample_signals(NAMES, x=128, i=200, h=3)
+    signals = sample_signals(NAMES, x=128, i=120, h=2)
     tracemalloc.start()
     attention_means(**signals, block=2**14)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 0.1 * 8 * 200 * 128 * 128
+    assert peak < 0.1 * 8 * 120 * 128 * 128
 
 
 def test_long_steps_forget_and_do_not_overflow():
