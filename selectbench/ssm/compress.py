@@ -40,7 +40,6 @@ def _without_each(kept_loss, kept):
 
 # %% ../../nbs/ssm/compress.ipynb #107f91bd
 @method("ssm", key="mamba-shedder", year=2025, deterministic=True, ranking=True,
-        exempt={"only_declared_signals": "the check wraps any callable as if it were an oracle; tested instead"},
         paper="Mamba-Shedder: Post-Transformer Compression for Efficient Selective Structured State Space Models",
         authors="Muñoz, J. Pablo and Yuan, Jinjie and Jain, Nilesh", url="https://arxiv.org/abs/2501.17088")
 def mamba_shedder(kept_loss, n, k) -> Selection:
