@@ -287,3 +287,23 @@ def test_a_policy_draws_its_own_rows():
     assert np.isfinite(run(LLAMA, policy=Draws(None)).curve.loss).all()
     for rows in (10**6, 0.5):
         with pytest.raises(ValueError, match="must draw"): run(LLAMA, policy=type("D", (Draws,), {"rows": rows})(None))
+
+
+def test_rows_in_place_of_texts():
+    from selectbench.core.policy import Blocks
+    from selectbench.zoo.lm import predict_blocks, score_blocks
+    from selectbench.zoo.tokenizer import ByteTokenizer, Symbols, pack
+    same = run(LLAMA, texts=pack(TEXTS, ByteTokenizer(), 16), block=99)  # the rows say how long they are
+    assert all((a == b).all() for a, b in zip(same.state.values(), run(LLAMA).state.values(), strict=True))
+    assert same.block == 16
+    rng = np.random.default_rng(0)
+    rows = Blocks(rng.integers(9, size=(6, 8)), np.where(rng.random((6, 7)) < 0.4, 0, -1))
+    model = run(LLAMA, texts=rows, tokens=20, tokenizer=Symbols(9)).model()
+    losses, said = score_blocks(model, rows, 2), predict_blocks(model, rows, 2)
+    logits = model(torch.from_numpy(rows.tokens[:, :-1])).logits
+    for j, t in np.argwhere(rows.mask):  # one row at a time, holes between targets
+        assert said[j, t] == logits[j, t].argmax() and np.isclose(
+            losses[j, t], -logits[j, t].log_softmax(-1)[rows.tokens[j, t + 1]].item(), atol=1e-5)
+    assert not losses[~rows.mask].any() and not said[~rows.mask].any()
+    for bad in (Blocks(rows.tokens + 5, rows.documents), Blocks(rows.tokens, np.full((6, 7), -1))):
+        with pytest.raises(ValueError, match="`texts`"): run(LLAMA, texts=bad, tokenizer=Symbols(9))

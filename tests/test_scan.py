@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 
-from selectbench.nn.scan import _scan_of, fast_scan, selective_scan, ssd_scan
+from selectbench.nn.scan import scan_of, fast_scan, selective_scan, ssd_scan
 
 transformers.logging.set_verbosity_error()
 
@@ -261,7 +261,7 @@ def swapped(model): return sum("forward" in vars(m) for m in model.modules())
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_on_our_scan_says_the_same(kind):
     model = tiny(kind)
-    mixers = sum(_scan_of(m) is not None for m in model.modules())
+    mixers = sum(scan_of(m) is not None for m in model.modules())
     theirs, said = step(model), generated(model)
     with fast_scan(model) as same:
         assert same is model and swapped(model) == mixers > 0

@@ -21,7 +21,7 @@ from .vocabulary import SIZES, sample_signals
 class Blocks:
     "Rows to train or score on: row j reads `tokens[j, :-1]` and must say `tokens[j, 1:]`, of `documents[j]`."
     tokens: np.ndarray     # int32[n, block + 1]
-    documents: np.ndarray  # int32[n, block], document of each target; -1 where there is only padding
+    documents: np.ndarray  # int32[n, block], document of each target; -1 where none counts, as in padding
 
     def __len__(self): return len(self.tokens)
 
@@ -36,8 +36,8 @@ class Blocks:
         return self.documents[:, 0]
 
     def cropped(self):
-        "The same rows without columns that are padding in all of them."
-        t = max(int(self.mask.sum(1).max(initial=1)), 1)
+        "The same rows without the last columns, as far as no target there is real in any of them."
+        t = int(np.flatnonzero(self.mask.any(0)).max(initial=0)) + 1
         return Blocks(self.tokens[:, : t + 1], self.documents[:, :t])
 
 # %% ../../nbs/core/policy.ipynb #929eb506

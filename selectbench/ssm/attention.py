@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.registry import method
-from ..nn.scan import SCANS, _rebound, _scan_of
+from ..nn.scan import SCANS, rebound, scan_of
 
 # %% ../../nbs/ssm/attention.ipynb #ee465200
 BLOCK = 2**20  # numbers of a piece
@@ -171,7 +171,7 @@ def _noting(seen, layer, form, scan, hidden_states, dt, A, B, C, **options):
 def _mambas(model):
     "(layer, mixer, name of its scan, scan) of each Mamba layer; ValueError if there is none."
     if not isinstance(model, torch.nn.Module): raise ValueError(f"`model` must be a module, got {type(model).__name__}")
-    found = [(layer, m, *scan) for layer, m in model.named_modules() if (scan := _scan_of(m))]
+    found = [(layer, m, *scan) for layer, m in model.named_modules() if (scan := scan_of(m))]
     if not found: raise ValueError(f"`model` has no Mamba layer that is known here: {type(model).__name__}")
     return found
 
@@ -185,7 +185,7 @@ def _recording(model):
     try:
         for layer, mixer, name, original in mixers:
             scan = partial(_noting, seen, layer, _FORMS[name], SCANS[name](original))
-            mixer.forward = MethodType(_rebound(type(mixer).forward, **{name: scan}), mixer)
+            mixer.forward = MethodType(rebound(type(mixer).forward, **{name: scan}), mixer)
         yield seen
     finally:
         model.train(training)
