@@ -7,7 +7,10 @@
 shown: with experts a quarter of the model wide (Qwen3-Next has 512 of 2,048), half (OLMoE: 1,024 of 2,048), and as
 wide as the model. Each contender has the same weights and routes by the same softmax over the top 2; a round runs each
 once, in turn, and the median over rounds is printed, with the least seconds of processor time, which neighbours on the
-machine disturb less. The loop reads `out[m] += w[m] * expert(x[m])` for each expert, m the mask of its tokens.
+machine disturb less. There are two loops with masks: `out[m] += w[m] * expert(x[m])` for each expert, m the mask of its
+tokens, and `out += (w * m) * expert(x)`, where every expert reads every token. The last line is the time of the matrix
+products alone, on rows that are gathered already: no way to group tokens is faster than that, so the loop's time over
+it is the largest ratio that any grouping could reach.
 """
 import argparse
 import math
@@ -22,6 +25,9 @@ from pathlib import Path
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent: del sys.path[0]
 
 
+BOUND = "the products alone"
+
+
 def slope(sizes, seconds):
     "Of log seconds over log size, by least squares."
     x, y = [math.log(s) for s in sizes], [math.log(s) for s in seconds]
@@ -29,8 +35,10 @@ def slope(sizes, seconds):
     return sum((u - a) * (v - b) for u, v in zip(x, y, strict=True)) / sum((u - a) ** 2 for u in x)
 
 
-def plain_loop(layer):
-    "The layer as a loop over experts, with an ordinary module each; its parameters start as those of `layer`."
+def plain_loop(layer, dense=False):
+    """The layer as a loop over experts, with an ordinary module each; its parameters start as those of `layer`.
+
+    `dense`: each expert reads every token and the mask is a factor of its weight."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -56,8 +64,9 @@ def plain_loop(layer):
             out = torch.zeros_like(x)
             for e, expert in enumerate(self.experts):
                 hit = experts == e
-                m = hit.any(-1)
-                out[m] += (weights * hit).sum(-1)[m, None] * expert(x[m])
+                m, w = hit.any(-1), (weights * hit).sum(-1, keepdim=True)
+                if dense: out = out + w * expert(x)
+                else: out[m] += w[m] * expert(x[m])
             return out
 
         def gradients(self):
@@ -89,6 +98,29 @@ def mixtral(layer, implementation):
     return block
 
 
+def products(layer, tokens):
+    "A function that runs the products of a step and nothing else, with as many rows for each expert."
+    import torch
+    e, f, d = layer.experts.n_experts, layer.experts.widths[0], layer.experts.width
+    rows = 2 * tokens // e
+    x, g, p, h = (torch.randn(rows, k) for k in (d, d, f, 2 * f))
+    hidden, scores = torch.randn(tokens, d), torch.randn(tokens, e)
+    to_d, to_p, to_h, to_first, to_last = (torch.empty(n, k) for n, k in
+                                           ((rows, d), (rows, f), (rows, 2 * f), (2 * f, d), (f, d)))
+
+    def step():
+        gate = layer.router.weight.detach()
+        for i in range(e):
+            first = layer.experts.w_in.detach()[2 * f * i: 2 * f * (i + 1)]
+            last = layer.experts.w_out.detach()[f * i: f * (i + 1)]
+            torch.mm(x, first.T, out=to_h), torch.mm(p, last, out=to_d)
+            torch.mm(g, last.T, out=to_p), torch.mm(p.T, g, out=to_last)
+            torch.mm(h, first, out=to_d), torch.mm(h.T, x, out=to_first)
+        return hidden @ gate.T, scores @ gate, scores.T @ hidden
+
+    return step
+
+
 def contenders(width, experts, expert_width):
     "name -> module [b, t, width] -> [b, t, width], all with the same weights; ours first."
     import torch
@@ -98,8 +130,16 @@ def contenders(width, experts, expert_width):
     layer = MoELayer(TopK(width, experts, k=2, balance=0.0), Experts(width, experts, expert_width, std=0.05))
     layer.gradients = lambda: (layer.router.weight.grad, layer.experts.w_in.grad, layer.experts.w_out.grad)
     named = {f"transformers, {name}": mixtral(layer, name) for name in ("eager", "grouped_mm")}
-    loop = plain_loop(layer)
-    return {"selectbench": layer, "loop with masks": lambda x: loop(x[0])[None]} | named, [layer, loop, *named.values()]
+    loops = {"loop with masks": plain_loop(layer), "loop, every token": plain_loop(layer, dense=True)}
+    runs = {name: lambda x, loop=loop: loop(x[0])[None] for name, loop in loops.items()}
+    return {"selectbench": layer} | runs | named, [layer, *loops.values(), *named.values()]
+
+
+def alone(step):
+    "(nothing, seconds, processor seconds) of one call."
+    cpu, start = time.process_time(), time.perf_counter()
+    step()
+    return 0.0, time.perf_counter() - start, time.process_time() - cpu
 
 
 def once(run, modules, x, grad):
@@ -118,8 +158,9 @@ def race(tokens, expert_width, rounds, width=256, experts=16):
     import torch
     runs, modules = contenders(width, experts, expert_width)
     x, grad = torch.randn(1, tokens, width, requires_grad=True), torch.randn(1, tokens, width)
-    times, said, apart = {name: [] for name in runs}, {}, {}
+    times, said, apart, step = {name: [] for name in (*runs, BOUND)}, {}, {}, products(modules[0], tokens)
     for _ in range(rounds + 1):
+        times[BOUND].append(alone(step))
         for (name, run), module in zip(runs.items(), modules, strict=True):
             *seconds, out = once(run, modules, x, grad)
             times[name].append(seconds)
@@ -139,10 +180,14 @@ def layers(args):
         cpu = {name: min(t[2] for t in ts) for name, ts in times.items()}
         print(f"{args.tokens:,} tokens of width 256, experts {f} wide; {threads} thread(s), {args.rounds} rounds")
         for name, ts in times.items():
+            if name == BOUND: continue
             print(f"  {name:26s}{1e3 * total[name]:8.1f} ms, {1e3 * statistics.median(t[0] for t in ts):6.1f} forward; "
                   f"{total[name] / total['selectbench']:.2f} times ours; processor, least: {1e3 * cpu[name]:7.1f} ms, "
                   f"{cpu[name] / cpu['selectbench']:.2f} times; largest relative difference: output "
                   f"{apart[name][0]:.0e}, gradients {max(apart[name][1:]):.0e}", flush=True)
+        print(f"  {BOUND:26s}{1e3 * total[BOUND]:8.1f} ms; processor, least: {1e3 * cpu[BOUND]:7.1f} ms; the loop with "
+              f"masks takes {cpu['loop with masks'] / cpu[BOUND]:.2f} times as long, the most that grouping could gain",
+              flush=True)
     sizes = [args.tokens // 4, args.tokens // 2, args.tokens, args.tokens * 2]
     growth = [race(n, args.widths[0], args.rounds)[0] for n in sizes]
     for name in ("selectbench", "loop with masks"):
