@@ -9,6 +9,7 @@ and backward; its scan is the reference path, mambapy (`use_mambapy=True`) or ou
 recurrence alone, forward and backward to all inputs: mambapy's `pscan` with what it needs around it (the exponentials
 and products that make its inputs, the read-out), or `selective_scan`. The reference path is quadratic in length and
 runs to length 256 only, twice. All contenders of a length take turns, `--rounds` times over, in one process. The
+Mamba-2's layer (8 heads of 32, the same state) runs on transformers' chunked form in PyTorch or on `fast_scan`. The
 machine may be busy: the smallest wall time and the smallest processor time over the rounds are shown, and ratios are of
 processor time.
 
@@ -79,6 +80,15 @@ def layer(length, use_mambapy=False):
     return mixer, torch.randn(BATCH, length, WIDTH // 2, requires_grad=True)
 
 
+def second(length):
+    "(mixer, input) of one Mamba-2 layer."
+    torch.manual_seed(0)
+    config = transformers.Mamba2Config(hidden_size=WIDTH // 2, state_size=STATE, num_hidden_layers=1, vocab_size=8,
+                                       head_dim=32, num_heads=WIDTH // 32, n_groups=1, chunk_size=64)
+    mixer = transformers.Mamba2Model(config).layers[0].mixer
+    return mixer, torch.randn(BATCH, length, WIDTH // 2, requires_grad=True)
+
+
 def layer_step(mixer, x, inside):
     "One training step of a layer, `inside` a context."
     mixer.zero_grad()
@@ -89,9 +99,11 @@ def layer_step(mixer, x, inside):
 
 def contenders(length, peers):
     "name -> function without arguments, the layers and the bare scans at one length."
-    args, (mixer, x) = inputs(length), layer(length)
+    args, (mixer, x), (heads, z) = inputs(length), layer(length), second(length)
     runs = {"layer, fast_scan": lambda: layer_step(mixer, x, fast_scan(mixer)),
-            "scan, ours": partial(gradients, ours, args)}
+            "scan, ours": partial(gradients, ours, args),
+            "Mamba-2, fast_scan": lambda: layer_step(heads, z, fast_scan(heads)),
+            "Mamba-2, theirs": lambda: layer_step(heads, z, nullcontext())}
     if peers:
         other, same = layer(length, use_mambapy=True)
         runs["layer, mambapy"] = lambda: layer_step(other, same, nullcontext())
@@ -178,7 +190,7 @@ def report(name, table, copied, computed):
         if name not in times: continue
         wall, cpu = times[name]
         line = f"  {length:5,d}  {name:18s} {wall:8.4f} s wall {cpu:8.4f} s processor"
-        own = "layer, fast_scan" if name.startswith("layer") else "scan, ours"
+        own = {"layer": "layer, fast_scan", "scan": "scan, ours", "Mamba-2": "Mamba-2, fast_scan"}[name.split(",")[0]]
         if name != own: line += f"   {cpu / times[own][1]:6.1f} x ours"
         elif name == "scan, ours":
             moved, exps = floor(length, copied, computed)

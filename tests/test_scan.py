@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 
-from selectbench.nn.scan import scan_of, fast_scan, selective_scan, ssd_scan
+from selectbench.nn.scan import LARGE, fast_scan, scan_of, selective_scan, ssd_scan
 
 transformers.logging.set_verbosity_error()
 
@@ -178,23 +178,38 @@ def by_heads(x, delta, A, B, C, D, initial_state):
 
 @pytest.mark.parametrize("chunk", (1, 50, 64, 500))
 def test_matrix_form_is_the_recurrence(chunk):
-    slow = answers(by_heads, heads())
-    assert compare(answers(partial(ssd_scan, chunk=chunk), heads()), slow) < 1e-12
-    assert compare(answers(partial(ssd_scan, chunk=chunk), heads(dtype=torch.float32)), slow) < 1e-5
-    assert compare(answers(ssd_scan, heads() | {"A": 1.001 * heads()["A"]}), slow) > 1e-5
+    slow, matrix = answers(by_heads, heads()), partial(ssd_scan, chunk=chunk, backend="torch")
+    assert compare(answers(matrix, heads()), slow) < 1e-12
+    assert compare(answers(matrix, heads(dtype=torch.float32)), slow) < 1e-5
+    assert compare(answers(matrix, heads() | {"A": 1.001 * heads()["A"]}), slow) > 1e-5
 
 
-def test_matrix_form_keeps_its_digits():
+@pytest.mark.parametrize("sizes", [{}, {"p": 8, "g": 4}, {"p": 17, "g": 1, "n": 33}, {"b": 1, "t": 1, "h": 1, "g": 1}])
+def test_compiled_heads_are_the_matrix_form(sizes):
+    slow, compiled = answers(partial(ssd_scan, backend="torch"), heads(**sizes)), partial(ssd_scan, backend="numba")
+    assert compare(answers(compiled, heads(**sizes)), slow) < 1e-12
+    assert compare(answers(compiled, heads(**sizes, dtype=torch.float32)), slow) < 1e-5
+    assert compare(answers(compiled, heads(**sizes) | {"A": 1.001 * heads(**sizes)["A"]}), slow) > 1e-6
+
+
+def test_large_states_take_the_matrix_form():
+    for n, backend in ((LARGE, "numba"), (LARGE + 1, "torch")):
+        inputs = heads(t=5, n=n, dtype=torch.float32)
+        assert all(map(torch.equal, ssd_scan(**inputs), ssd_scan(**inputs, backend=backend)))
+
+
+@pytest.mark.parametrize("backend", ("torch", "numba"))
+def test_mamba2_keeps_its_digits(backend):
     "Exponents that add up to thousands within a chunk, in single precision."
     big = {k: v * 100 if k == "A" else v for k, v in heads().items()}
-    single = {k: v.float() for k, v in big.items()}
-    assert compare(answers(ssd_scan, single), answers(ssd_scan, big)) < 2e-5
+    single, scan = {k: v.float() for k, v in big.items()}, partial(ssd_scan, backend=backend)
+    assert compare(answers(scan, single), answers(scan, big)) < 2e-5
 
 
 @pytest.mark.parametrize("name, value", [
     ("x", torch.ones(1, 2, 3).double()), ("delta", -torch.ones(2, 150, 4).double()),
-    ("B", torch.ones(2, 150, 3, 5).double()), ("chunk", 2.5)])
-def test_bad_input_of_the_matrix_form_is_named(name, value):
+    ("B", torch.ones(2, 150, 3, 5).double()), ("chunk", 2.5), ("backend", "matrix")])
+def test_bad_input_of_mamba2_is_named(name, value):
     changed = {"B": value, "C": value} if name == "B" else {name: value}
     with pytest.raises(ValueError, match=f"`{name}`"): ssd_scan(**heads() | changed)
 
