@@ -10,13 +10,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from selectbench.core.conformance import check_method
 from selectbench.core.selection import Selection
+from selectbench.core.study import Study
 from selectbench.core.task import Task, requested
 from selectbench.core.vocabulary import sample_signals
 from selectbench.nn.scan import fast_scan
 from selectbench.ssm.compress import (
-    best_subset, fast_mamba, mamba_shedder, one_shot, parts, shed, shedding_loss, without,
+    best_subset, fast_mamba, mamba_shedder, one_shot, parts, shed, shedding_loss, shedding_task, without,
 )
 from selectbench.zoo.lm import build, train_lm
+from selectbench.zoo.text_task import held_out_loss
 from selectbench.zoo.tokenizer import pack
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 4, "expand": 2,
@@ -180,3 +182,18 @@ def test_the_loss_of_a_trained_model(kind):
     with pytest.raises(ValueError, match="`kept`"): loss(np.zeros(3, bool))
     with pytest.raises(ValueError, match="`texts`"): shedding_loss(lm, [])
     assert small.config.num_hidden_layers == 1
+
+
+def test_the_task_of_a_study():
+    texts = [f"the {a} of the {b} is {c}" for a in ("sum", "mean", "rank") for b in ("array", "axis") for c in "abc"]
+    lm = train_lm(partial(fast_mamba, hidden_size=16, state_size=4, num_hidden_layers=3), texts[:9], 512, block=16,
+                  batch_size=4, checkpoint_every=0)
+    task, everything = shedding_task(lm, texts[:9], texts[9:], n_texts=4, n_test=9), Selection(np.arange(3), n=3)
+    assert task.n == 3 and task.fold(1).fingerprint != task.fingerprint
+    assert np.isclose(task.evaluate(everything)["neg_loss"], -held_out_loss(lm, texts[9:]))  # all nine are drawn
+    kept = mamba_shedder(task.signal("kept_loss"), 3, 2)
+    small = shed(lm.model(), kept.mask())
+    assert np.isclose(task.evaluate(kept)["neg_loss"], -held_out_loss(lm, texts[9:], small), rtol=1e-5)
+    results = Study(task, ["mamba_shedder"], [1, 2], 2).run()
+    assert set(results["method"]) == {"mamba_shedder", "random", "everything"} and results["value"].notna().all()
+    with pytest.raises(ValueError, match="`test_texts`"): shedding_task(lm, texts, texts)
