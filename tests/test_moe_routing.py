@@ -16,6 +16,7 @@ from selectbench.moe.routing import (
     routed_lm,
     router_rows,
     router_run,
+    routing_outcome,
     row_facts,
     run_routers,
     text_parts,
@@ -24,7 +25,7 @@ from selectbench.moe.routing import (
 from selectbench.nn.moe import MoELayer, TopK
 from selectbench.nn.routers import RandomRouting
 from selectbench.pools.text import docstrings
-from selectbench.zoo.lm import score_blocks
+from selectbench.zoo.lm import score_blocks, train_lm
 from selectbench.zoo.tokenizer import ByteTokenizer, pack
 
 SMALL = {"width": 16, "active": 12, "total": 96, "layers": 2, "heads": 2, "block": 32}
@@ -97,6 +98,12 @@ def test_a_run_is_repeatable_and_cached(texts, tmp_path, monkeypatch):
     assert not first.pop("cached") and second.pop("cached")
     same = {k: (first[k], second[k]) for k in first}
     assert all(a == b or np.isnan(a) and np.isnan(b) for a, b in same.values())
+
+
+def test_the_loss_is_that_of_packed_rows_per_byte(texts):
+    lm = train_lm(ROWS["top-k"], texts[10:], 500, 0, tokenizer=TOKENIZER, block=32, batch_size=4, checkpoint_every=0)
+    nats = score_blocks(lm.model("cpu"), pack(texts[:10], TOKENIZER, 32)).sum(dtype=np.float64)
+    assert np.isclose(routing_outcome(lm, texts[:10])["loss"], nats / sum(len(t.encode()) + 1 for t in texts[:10]))
 
 
 def test_run_routers_and_compare(texts):

@@ -18,7 +18,7 @@ from selectbench.moe.surgery import (
     m_smoe, merge_experts, naee, prune_experts, uncurl, upcycle,
 )
 from selectbench.zoo.lm import build, train_lm
-from selectbench.zoo.text_task import held_out_loss
+from selectbench.zoo.text_task import held_out_loss, per_byte
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": 0,
@@ -267,10 +267,28 @@ def test_a_trained_model_stays_one_and_trains_on(texts):
     assert more.architecture == cut.architecture
 
 
+def nats_per_byte(model, texts):
+    "By hand, from the losses of tokens."
+    return sum(x.sum(dtype=np.float64) for x in model.token_losses(texts)) / sum(len(t.encode()) + 1 for t in texts)
+
+
+def test_one_loss_per_byte_however_the_model_comes(texts):
+    model = trained(0, texts[:40], layers=2)
+    some = [*texts[40:50], "grün", ""]
+    by_hand = nats_per_byte(model, some)
+    whole = surgery.pruned_loss(Selection(np.arange(6), n=6), 0, model=model, layer="model.layers.0.mlp", texts=some)
+    for value in (held_out_loss(model, some), held_out_loss(model, some, model.model()), -whole["neg_loss"],
+                  surgery._silent_loss(model.model(), model, {}, some)):
+        assert np.isclose(value, by_hand, rtol=1e-9)
+    assert np.isclose(per_byte([x.sum() for x in model.token_losses(some)], some), by_hand, rtol=1e-6)
+    for empty in (per_byte, held_out_loss):
+        with pytest.raises(ValueError, match="`texts`"): empty(model, [])
+
+
 def test_ablation_compares_with_others_of_the_layer(texts):
     model = trained(0, texts[:40], layers=2)
     table = ablate_experts(model, {"model.layers.0.mlp": [1, 2]}, texts[40:50], draws=3)
     assert table.what.tolist() == ["none", "flagged", *["random"] * 3]
-    assert np.isclose(table.loss[0], held_out_loss(model, texts[40:50])) and table.rise[0] == 0
+    assert np.isclose(table.loss[0], nats_per_byte(model, texts[40:50])) and table.rise[0] == 0
     with pytest.raises(ValueError, match="`flagged`"):
         ablate_experts(model, {"model.layers.0.mlp": [0, 1, 2, 3]}, texts[:3])

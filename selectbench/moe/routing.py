@@ -34,6 +34,7 @@ from selectbench.nn.routers import (
     hmoe_widths,
 )
 from ..zoo.lm import score_blocks, train_lm
+from ..zoo.text_task import per_byte
 from ..zoo.tokenizer import pack
 
 # %% ../../nbs/moe/routing.ipynb #e6e0eb70
@@ -166,13 +167,13 @@ LEAK = 1e-5  # of a log-probability: above it a router looks ahead; float32 roun
 
 
 def _read(model, texts, tokenizer, block, batch_size):
-    "(packed rows, their losses, usage of experts, operations per token) of `texts`, the last row on its own."
+    "(packed rows, nats per byte, usage of experts, operations per token) of `texts`, the last row on its own."
     blocks = pack(texts, tokenizer, block)
     full = blocks.mask.all(1)
     with watching(model) as seen, FlopCounterMode(display=False) as counter:
         losses = [_scores(model, blocks[part], batch_size) for part in (full, ~full) if part.any()]
-    nats = sum(float(x.sum(dtype=np.float64)) for x in losses)
-    return blocks[full], nats, _usage(seen), counter.get_total_flops() / blocks.mask.sum()
+    nats = [x.sum(dtype=np.float64) for x in losses]
+    return blocks[full], per_byte(nats, texts), _usage(seen), counter.get_total_flops() / blocks.mask.sum()
 
 
 @cached(version=1)
@@ -183,14 +184,14 @@ def routing_outcome(lm, texts, *, batch_size=32, probes=4):
     `ahead` and `blind` (if it leaks: nats per token of `probes` rows, read whole and without the future), `seconds`
     and tokens `trained`, `parameters`."""
     model = lm.model("cpu")
-    rows, nats, usage, flops = _read(model, texts, lm.tokenizer, lm.block, batch_size)
+    rows, loss, usage, flops = _read(model, texts, lm.tokenizer, lm.block, batch_size)
     leak = future_leak(model, rows[:probes])
     ahead = blind = np.nan
     if leak > LEAK:
         ahead = float(_scores(model, rows[:probes], batch_size).mean())
         blind = float(losses_without_future(model, rows[:probes]).mean())
     last = lm.curve.iloc[-1]
-    return {"loss": nats / sum(len(t.encode()) + 1 for t in texts), **usage, "flops": flops, "leak": leak,
+    return {"loss": loss, **usage, "flops": flops, "leak": leak,
             "ahead": ahead, "blind": blind, "seconds": float(last["seconds"]), "trained": int(last["tokens"]),
             "parameters": lm.parameters}
 

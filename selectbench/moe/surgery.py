@@ -30,8 +30,9 @@ from ..core.selection import Selection
 from ..core.task import Task
 from .statistics import ablated
 from ..nn.trace import expert_output, expert_weights, trace
-from ..zoo.lm import TrainedLM, architecture, build, score_blocks
-from ..zoo.tokenizer import pack, windows
+from ..zoo.lm import TrainedLM, architecture, build
+from ..zoo.text_task import held_out_loss
+from ..zoo.tokenizer import pack
 
 # %% ../../nbs/moe/surgery.ipynb #bbaa9ed0
 def _per_expert(values, experts, e):
@@ -468,15 +469,10 @@ def _uneven(config, state, keep):
     return module.eval()
 
 
-def _loss(module, model, texts):
-    "Nats per byte of `texts` under `module`, read as the TrainedLM `model` reads; as `held_out_loss` has it."
-    total = score_blocks(module, windows(texts, model.tokenizer, model.block)).sum(dtype=np.float64)
-    return float(total / sum(len(t.encode()) + 1 for t in texts))
-
-
 def pruned_loss(choice, seed, *, model, layer, texts):
     "{`neg_loss`: minus the nats per byte of `texts`} under a TrainedLM that keeps only the chosen experts in `layer`."
-    return {"neg_loss": -_loss(_uneven(*_open(model), {layer: np.sort(choice.index)}), model, texts)}
+    cut = _uneven(*_open(model), {layer: np.sort(choice.index)})
+    return {"neg_loss": -held_out_loss(model, texts, cut)}
 
 # %% ../../nbs/moe/surgery.ipynb #aa5d5c3b
 def _only(layers, layer):
@@ -520,7 +516,7 @@ def _silent_loss(module, model, silent, texts):
     "Nats per byte of `texts` under `module` with the experts in `silent` (dict layer -> positions) giving zero."
     with ExitStack() as stack:
         for layer, experts in silent.items(): stack.enter_context(ablated(module, layer, list(experts)))
-        return _loss(module, model, texts)
+        return held_out_loss(model, texts, module)
 
 
 def ablate_experts(model, flagged, texts, *, draws=10, seed=0) -> pd.DataFrame:
