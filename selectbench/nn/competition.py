@@ -26,6 +26,11 @@ class Peer(Router):
             raise ValueError(f"`experts` must be {self.n_experts}, as the router was made for, got {experts.n_experts}")
         return super().forward(hidden, experts=experts, context=context)
 
+    @classmethod
+    def example(cls, seed):
+        "A router of 8 experts for 10 tokens of width 6."
+        return cls(6, 8), (torch.randn(10, 6), Experts(6, 8, 4))
+
 
 def probabilities(scores):
     "Softmax over the experts, in single precision at least."
@@ -220,11 +225,6 @@ class AvgK(Peer):
         if keys not in ("gate", "up"): raise ValueError(f"`keys` must be 'gate' or 'up', got {keys!r}")
         self.score, self.keys = score, keys
 
-    @classmethod
-    def example(cls, seed):
-        "A router of 8 experts for 10 tokens of width 6."
-        return cls(6, 8), (torch.randn(10, 6), Experts(6, 8, 4))
-
     @torch.no_grad()
     def scores(self, hidden, experts):
         "[n, e], how well each block matches each token."
@@ -274,11 +274,6 @@ class SMEAR(Peer):
         self.weight = nn.Parameter(torch.empty(n_experts, width).normal_(0, scale))
         self.norm, self.weight_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         nn.init.constant_(self.weight_norm.weight, scale)
-
-    @classmethod
-    def example(cls, seed):
-        "A router of 8 experts for one example of 10 tokens of width 6."
-        return cls(6, 8), (torch.randn(10, 6), Experts(6, 8, 4))
 
     def shares(self, hidden, context):
         "[b, s, e], the share of each expert in the merge of each segment of each row. ValueError for an empty row."
