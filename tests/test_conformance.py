@@ -1,11 +1,14 @@
 """Every registered method conforms, and every planted bad method is caught: the tests of the tests."""
 
+from dataclasses import replace
+
 import pytest
 
 from selectbench import methods
 from selectbench.core.architecture import ARCHITECTURE_CHECKS, planted_architectures
-from selectbench.core.conformance import CHECKS, check_method, conformance, planted
+from selectbench.core.conformance import CHECKS, check_method, conformance, follows_shuffle, planted
 from selectbench.core.policy import POLICY_CHECKS, planted_policies
+from selectbench.core.vocabulary import SIGNALS
 
 
 @pytest.mark.parametrize("name", list(methods))
@@ -39,3 +42,12 @@ def test_exemptions_have_reasons():
     for card in methods.cards():
         for check, reason in card["exempt"].items():
             assert check in known and len(reason) > 10, (card["name"], check)
+
+
+@pytest.mark.parametrize(("name", "named"), [("heavy_hitters", "router_experts"), ("mamba_shedder", "kept_loss"),
+                                             ("model_selector_adaptive", "oracle")])
+def test_a_signal_that_does_not_follow_a_shuffle_is_caught(name, named, monkeypatch):
+    "A signal that says more of the pool than its axes do has to declare how it follows."
+    assert not follows_shuffle(methods[name])
+    monkeypatch.setitem(SIGNALS, named, replace(SIGNALS[named], follow=lambda value, order, axis: value))
+    assert follows_shuffle(methods[name])

@@ -175,23 +175,13 @@ def ranking_agrees(fn):
 
 # %% ../../nbs/core/conformance.ipynb #f990dc45
 def _shuffled(fn, signals, order):
-    "The signals of the pool whose item i is the old item order[i]; experts that a signal names have new numbers."
-    axis = SELECTS[fn.card.selects]
-    out = {}
-    for name, value in signals.items():
-        shape = SIGNALS[name].shape
-        if name == "kept_loss": out[name] = lambda kept, loss=value: loss(np.asarray(kept)[np.argsort(order)])
-        elif axis not in shape or SIGNALS[name].dtype == "callable": out[name] = value
-        elif isinstance(value, list): out[name] = [value[i] for i in order]
-        else: out[name] = np.take(value, order, axis=shape.index(axis))
-    if axis == "e" and "router_experts" in out:
-        out["router_experts"] = np.append(np.argsort(order), -1)[out["router_experts"]]     # -1, nobody, stays -1
-    return out
+    "The signals of the pool whose item i is the old item order[i]."
+    return {name: SIGNALS[name].shuffled(value, order, SELECTS[fn.card.selects]) for name, value in signals.items()}
 
 
 def follows_shuffle(fn):
     "Shuffling the pool shuffles the result: exactly, seed by seed, or else in how often each item is included."
-    if not isinstance(_call(fn, _signals(fn)), Selection) or "oracle" in fn.card.signals: return None
+    if not isinstance(_call(fn, _signals(fn)), Selection): return None
     signals, n = _signals(fn), _pool_size(fn)
     order = np.random.default_rng(1).permutation(n)
     moved = _shuffled(fn, signals, order)

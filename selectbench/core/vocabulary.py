@@ -22,21 +22,30 @@ class Signal:
     dtype: str        # "float32", "int64", "bool", "str" or "callable"
     sample: Callable  # (rng, sizes) -> value
     what: str = ""
+    follow: Callable | None = None  # (value, order, axis) -> `shuffled`; None: what lies along the axis is reordered
+
+    def shuffled(self, value, order, axis):
+        "`value` for a pool, counted by `axis`, whose member i is the old member `order[i]`."
+        if self.follow: return self.follow(value, order, axis)
+        if axis not in self.shape: return value
+        if isinstance(value, list): return [value[i] for i in order]
+        return np.take(value, order, axis=self.shape.index(axis))
 
 
 SIGNALS: dict[str, Signal] = {}  # name -> Signal
 
 # %% ../../nbs/core/vocabulary.ipynb #ec579c8b
-def signal(name, shape, dtype, sample=None):
+def signal(name, shape, dtype, sample=None, follow=None):
     """Declare a signal: `shape` is a tuple of symbols, `sample(rng, sizes)` draws a random valid one.
 
+    `follow(value, order, axis)` is for values that say more of the pool than their axes do; see `Signal.shuffled`.
     Without `sample` it decorates the sampler. Declaring a name again replaces it when shape and dtype agree, and raises
     ValueError otherwise, since two meanings of one name would reach methods in silence."""
     def declare(sample):
         old = SIGNALS.get(name)
         if old and (old.shape, old.dtype) != (tuple(shape), dtype):
             raise ValueError(f"signal {name!r} is already declared as {old.dtype}{list(old.shape)}")
-        SIGNALS[name] = Signal(name, tuple(shape), dtype, sample, (sample.__doc__ or "").strip())
+        SIGNALS[name] = Signal(name, tuple(shape), dtype, sample, (sample.__doc__ or "").strip(), follow)
         return sample
     return declare if sample is None else declare(sample)
 
@@ -83,8 +92,13 @@ def _loss_curves(rng, z):
     return (floor + 3 * (1 + size / bend) ** -power + rng.normal(0, .01, (m, len(size)))).astype(np.float32)
 
 # %% ../../nbs/core/vocabulary.ipynb #1c4560e7
+def _asked_by_position(oracle, order, axis):
+    "An oracle of the shuffled items, which are the old one's in another order."
+    return Oracle(lambda i: oracle(order[i]), oracle.n) if axis == "n" else oracle
+
+
 def _table():
-    "name -> (shape, dtype, what, sampler): the signals of items."
+    "name -> (shape, dtype, what, sampler[, how it follows a shuffle]): the signals of items."
     f, i, s = "float32", "int64", "str"
     return {
         "n": ((), i, "size of the pool", lambda rng, z: z["n"]),
@@ -106,7 +120,7 @@ def _table():
         "target_gradients": (("q", "p"), f, "(projected) per-example gradients of the target", _normal("q", "p")),
         "passes": (("n", "t"), "bool", "candidate n passes test t", lambda rng, z: rng.random((z["n"], z["t"])) < .5),
         "oracle": (("n",), "callable", "a label on demand: int -> class",
-                   lambda rng, z: Oracle(rng.integers(z["c"], size=z["n"]), z["n"])),
+                   lambda rng, z: Oracle(rng.integers(z["c"], size=z["n"]), z["n"]), _asked_by_position),
     }
 
 # %% ../../nbs/core/vocabulary.ipynb #b9d5c2f1
@@ -159,17 +173,24 @@ def _served(rng, z):
     return experts
 
 
+def _renumbered(experts, order, axis):
+    "The experts that served, under their new numbers; -1, nobody, stays -1."
+    if axis == "e": return np.append(np.argsort(order), -1)[experts]
+    return experts[order] if axis == "n" else experts
+
+
 def _counts(*axes):
     "A sampler of small int64 counts."
     return lambda rng, z: rng.poisson(4, [z[a] for a in axes]).astype(np.int64)
 
 
 def _expert_table():
-    "name -> (shape, dtype, what, sampler): the experts of one layer, what they do with n tokens, and their weights."
+    "name -> (shape, dtype, what, sampler[, follow]): the experts of one layer, what they do, their weights."
     f, i = "float32", "int64"
     return {
         "router_scores": (("n", "e"), f, "what the router gives each expert for each token", _normal("n", "e")),
-        "router_experts": (("n", "a"), i, "the experts that really served each token, -1 for none", _served),
+        "router_experts": (("n", "a"), i, "the experts that really served each token, -1 for none", _served,
+                           _renumbered),
         "router_weights": (("n", "a"), f, "their weights in the output, 0 for none", _simplex("n", "a")),
         "expert_norms": (("n", "e"), f, "norm of each expert's output for each token, chosen or not",
                          _positive("n", "e")),
@@ -198,8 +219,13 @@ def _kept_loss(rng, z):
     return loss
 
 
+def _kept_by_position(loss, order, axis):
+    "That callable, told of the shuffled parts."
+    return (lambda kept: loss(np.asarray(kept)[np.argsort(order)])) if axis == "n" else loss
+
+
 def _scan_table():
-    "name -> (shape, dtype, what, sampler): what a selective scan is given, and a model without some of its parts."
+    "name -> (shape, dtype, what, sampler[, follow]): what a scan is given, and a model without some of its parts."
     f = "float32"
     return {
         "scan_input": (("x", "i"), f, "input of a selective scan", _normal("x", "i")),
@@ -209,14 +235,14 @@ def _scan_table():
         "scan_b": (("x", "h"), f, "what it writes to the state, by position", _normal("x", "h")),
         "scan_c": (("x", "h"), f, "what it reads from the state, by position", _normal("x", "h")),
         "kept_loss": (("n",), "callable", "loss of a model that keeps some of its n parts: bool[n] -> float",
-                      _kept_loss),
+                      _kept_loss, _kept_by_position),
     }
 
 
 _TABLES = _table() | _model_table() | _training_table() | _expert_table() | _scan_table()
-for _name, (_shape, _dtype, _what, _sample) in _TABLES.items():
+for _name, (_shape, _dtype, _what, _sample, *_follow) in _TABLES.items():
     _sample.__doc__ = _what
-    signal(_name, _shape, _dtype, _sample)
+    signal(_name, _shape, _dtype, _sample, *_follow)
 
 # %% ../../nbs/core/vocabulary.ipynb #4b38c9da
 SIZES = {"n": 40, "q": 11, "m": 7, "c": 3, "d": 6, "p": 13, "t": 5, "s": 8, "z": 4, "g": 9, "u": 12, "j": 2,
