@@ -5,6 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from transformers import (
     GptOssConfig,
@@ -20,6 +22,7 @@ from selectbench.moe.statistics import (
     ablated,
     coactivation,
     domain_specialisation,
+    evenness,
     expert_load,
     gate_similarity,
     independent_pairs,
@@ -155,6 +158,19 @@ def test_load_of_an_idle_expert():
     line = load_balance(experts, n_experts=4).iloc[0]
     assert line.unused == 2 and np.isclose(line.dropped, 1 / 3) and np.isclose(line.unfilled, 0.5)
     assert np.isclose(load_balance(np.arange(8)[:, None]).relative_entropy[0], 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=9).filter(any))
+def test_evenness_by_hand(load):
+    "Every number by its definition, whatever the unit of the load; one expert alone is even."
+    share, e = [x / sum(load) for x in load], len(load)
+    bits = -sum(x * np.log2(x) for x in share if x)
+    want = {"entropy": bits, "relative_entropy": bits / np.log2(e), "max_over_mean": e * max(share),
+            "cv": np.std(load) / np.mean(load)}
+    for found in (evenness(load), evenness(np.array(load) * 0.5)):
+        assert found.keys() == want.keys() and all(np.isclose(found[name], want[name]) for name in want)
+    assert evenness([3]) == {"entropy": 0, "relative_entropy": 1, "max_over_mean": 1, "cv": 0}
 
 
 # Counts in pieces
