@@ -19,14 +19,17 @@ from selectbench.ssm.relevance import (
     deletion_area,
     deletion_curve,
     deletion_gap,
+    explain,
     gradient_x_input,
     integrated_gradients,
+    labelled_rows,
     mambalrp,
     scan_relevance,
 )
 
 NAMES = ("scan_input", "scan_delta", "scan_a", "scan_b", "scan_c")
-OPTIONS = {"mamba": dict(state_size=8), "mamba2": dict(state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=16)}
+OPTIONS = {"mamba": dict(state_size=8),
+           "mamba2": dict(state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=16)}
 IDS = np.random.default_rng(0).integers(0, 64, 20)
 
 
@@ -58,7 +61,8 @@ def test_authors_numbers(bias):
     weights = {name[2:]: torch.from_numpy(d[name]) for name in d if name.startswith("w.")}
     model.load_state_dict({**weights, "lm_head.weight": weights["backbone.embeddings.weight"]})
     if bias: unbiased(model)
-    for ids, target, theirs, logit in zip(d["ids"], d["targets"], d["relevance" + bias], d["logit" + bias], strict=True):
+    stored = (d["ids"], d["targets"], d["relevance" + bias], d["logit" + bias])
+    for ids, target, theirs, logit in zip(*stored, strict=True):
         np.testing.assert_allclose(mambalrp(model, ids, int(target)), theirs, rtol=1e-3, atol=2e-5)
         assert np.isclose(logits(model, ids.astype(int))[-1, target], logit, atol=2e-5)
         assert np.abs(gradient_x_input(model, ids, int(target)) - theirs).max() > 0.05
@@ -107,7 +111,8 @@ def test_no_rules_is_the_gradient():
     model = tiny("mamba")
     read = model.get_input_embeddings()(torch.from_numpy(IDS)[None]).detach().requires_grad_()
     gradient, = torch.autograd.grad(model(inputs_embeds=read).logits[0, -1, 5], read)
-    np.testing.assert_allclose(gradient_x_input(model, IDS, 5), (gradient * read)[0].sum(-1).detach(), rtol=1e-3, atol=1e-5)
+    plain = (gradient * read)[0].sum(-1).detach()
+    np.testing.assert_allclose(gradient_x_input(model, IDS, 5), plain, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("fast", (False, True))
@@ -152,7 +157,8 @@ def slowly(model, ids, order, target, replacement):
     out = []
     for n in range(len(order) + 1):
         gone = order[:n]
-        left = np.delete(ids, gone) if replacement is None else np.where(np.isin(np.arange(len(ids)), gone), replacement, ids)
+        left = np.where(np.isin(np.arange(len(ids)), gone), replacement or 0, ids)
+        if replacement is None: left = np.delete(ids, gone)
         out.append(float(torch.log_softmax(logits(model, left)[-1], -1)[target]))
     return out
 
@@ -165,7 +171,8 @@ def test_deletion_against_single_passes(kind, replacement):
     curve = deletion_curve(model, IDS, orders, 5, replacement=replacement, batch_size=7)
     for k, order in enumerate(orders):
         mine = curve[curve.order == k]
-        np.testing.assert_allclose(mine.log_probability, slowly(model, IDS, order, 5, replacement), rtol=1e-3, atol=1e-4)
+        single = slowly(model, IDS, order, 5, replacement)
+        np.testing.assert_allclose(mine.log_probability, single, rtol=1e-3, atol=1e-4)
         assert list(mine.removed) == list(range(13))
     few = deletion_curve(model, IDS, orders, 5, replacement=replacement, steps=4)
     both = few.merge(curve, on=["order", "removed"])
@@ -179,10 +186,25 @@ def test_gap_is_the_difference_of_areas():
     for row, out in zip(scores, gap.itertuples(), strict=True):
         falling = 1 + np.argsort(-row[1:-1])
         areas = [np.trapezoid(slowly(model, IDS, o, 5, None), dx=1 / 18) for o in (falling, falling[::-1])]
-        np.testing.assert_allclose([out.most_first, out.least_first, out.gap], [*areas, areas[1] - areas[0]], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose([out.most_first, out.least_first], areas, rtol=1e-3, atol=1e-4)
+        assert np.isclose(out.gap, areas[1] - areas[0], rtol=1e-3, atol=1e-4)
     reverse = deletion_gap(model, IDS, -scores, 5, keep=(0, -1))
     np.testing.assert_allclose(reverse.gap, -gap.gap, atol=1e-6)
     assert deletion_area(deletion_curve(model, IDS, [0, 1], 5)).shape == (1,)
+
+
+def test_explain_is_all_of_them():
+    model = tiny("mamba")
+    found = explain(model, IDS, 5, baseline=7, steps=4)
+    assert len(found) == 20 and np.isfinite(found.to_numpy()).all()
+    assert np.array_equal(found.mambalrp, mambalrp(model, IDS, 5))
+    assert np.array_equal(found.integrated_gradients, integrated_gradients(model, IDS, 5, baseline=7, steps=4))
+
+
+def test_labelled_rows():
+    rows = labelled_rows([np.array([1, 2, 3]), np.array([4])], [1, 0], 10, 2, 2)
+    assert rows.tokens.tolist() == [[12, 1, 2, 9, 11], [12, 4, 9, 10, 12]]
+    assert rows.documents.tolist() == [[-1, -1, -1, 0], [-1, -1, 1, -1]]
 
 
 def test_bad_arguments():
@@ -194,9 +216,12 @@ def test_bad_arguments():
              "rules": [lambda r=r: mambalrp(model, IDS, rules=r) for r in (("scam",), "scan")],
              "ids": [lambda: mambalrp(model, np.zeros((2, 3), int)), lambda: mambalrp(model, IDS.astype(float))],
              "target": [lambda t=t: mambalrp(model, IDS, t) for t in (64, -1, 1.5, True)],
-             "steps": [lambda: integrated_gradients(model, IDS, steps=0), lambda: deletion_curve(model, IDS, [0], steps=0)],
+             "steps": [lambda: integrated_gradients(model, IDS, steps=0),
+                       lambda: deletion_curve(model, IDS, [0], steps=0)],
              "baseline": [lambda: integrated_gradients(model, IDS, baseline=64)],
-             "order": [lambda o=o: deletion_curve(model, IDS, o) for o in ([0, 0], [20], [-1], [0.5], np.arange(20), [[]])],
+             "order": [lambda o=o: deletion_curve(model, IDS, o)
+                       for o in ([0, 0], [20], [-1], [0.5], np.arange(20), [[]])],
+             "y": [lambda: labelled_rows([IDS], [3], 64, 3, 30)],
              "scores": [lambda s=s: deletion_gap(model, IDS, s) for s in (np.ones(19), np.full(20, np.nan))],
              "scan_input": [lambda: scan_relevance(**signals | {"scan_input": np.ones((3, 3))})],
              "scan_delta": [lambda: scan_relevance(**signals | {"scan_delta": -signals["scan_delta"]})]}

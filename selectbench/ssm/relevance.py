@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'conserving', 'mambalrp', 'gradient_x_input', 'conservation', 'integrated_gradients', 'scan_relevance',
-           'deletion_curve', 'deletion_area', 'deletion_gap']
+           'deletion_curve', 'deletion_area', 'deletion_gap', 'explain', 'labelled_rows']
 
 # %% ../../nbs/ssm/relevance.ipynb #b7b4bc49
 import inspect
@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from ..core.policy import Blocks
 from ..core.registry import method
 from ..nn.scan import SCANS, rebound
-from .attention import BLOCK, _checked, _mambas, _one_sequence, _pieces
+from .attention import BLOCK, _checked, _mambas, _one_sequence, _pieces, token_attribution
 
 # %% ../../nbs/ssm/relevance.ipynb #e9583f42
 RULES = ("scan", "silu", "gate", "norm")
@@ -139,7 +140,7 @@ def mambalrp(
     *,
     rules=RULES,  # those that hold; the paper's ablation leaves out one
 ) -> np.ndarray:
-    """f64[x], the relevance of each token for one logit; without biases it sums to that logit (Rezaei Jafari et al. 2024).
+    """f64[x], the relevance of each token for one logit; without biases it sums to that (Rezaei Jafari et al. 2024).
 
     ValueError for another model, `ids` that are no single sequence, a `target` that is no id, an unknown rule."""
     with conserving(model, rules), torch.enable_grad():
@@ -180,7 +181,7 @@ def integrated_gradients(
 ) -> np.ndarray:
     """f64[x], the mean gradient from the baseline to the input times their difference, summed over the width.
 
-    ValueError as for `mambalrp`, for a `baseline` that is no id or `steps` below one. Source: Sundararajan et al. 2017."""
+    ValueError as for `mambalrp`, for a `baseline` that is no id, `steps` below one. Source: Sundararajan et al."""
     if not isinstance(steps, int) or steps < 1: raise ValueError(f"`steps` must be a positive integer, got {steps!r}")
     with conserving(model, ()), torch.enable_grad():
         read = _embedded(model, ids)
@@ -197,7 +198,8 @@ def _id(model, baseline):
     "`baseline`; ValueError unless it is an id of the model."
     size = model.get_input_embeddings().num_embeddings
     whole = not isinstance(baseline, bool) and hasattr(baseline, "__index__")
-    if not whole or not 0 <= baseline < size: raise ValueError(f"`baseline` must be one of {size} ids, got {baseline!r}")
+    if not whole or not 0 <= baseline < size:
+        raise ValueError(f"`baseline` must be one of {size} ids, got {baseline!r}")
     return int(baseline)
 
 # %% ../../nbs/ssm/relevance.ipynb #af08f43d
@@ -304,6 +306,43 @@ def deletion_gap(
         raise ValueError(f"`scores` must be finite, {x} to a row, got shape {scores.shape}")
     free = np.delete(np.arange(x), list(keep))
     rising = free[np.argsort(scores[:, free], 1, kind="stable")]
-    area = deletion_area(deletion_curve(model, ids, np.r_[rising[:, ::-1], rising], target, **options), score).to_numpy()
-    most, least = np.split(area, 2)
+    curves = deletion_curve(model, ids, np.r_[rising[:, ::-1], rising], target, **options)
+    most, least = np.split(deletion_area(curves, score).to_numpy(), 2)
     return pd.DataFrame({"most_first": most, "least_first": least, "gap": least - most})
+
+# %% ../../nbs/ssm/relevance.ipynb #c579896e
+def explain(
+    model, ids, target=None, *,
+    baseline=None,  # of integrated gradients, and their number of steps
+    steps=32,
+) -> pd.DataFrame:
+    """One row per token, a column per explanation of one logit: hidden attention `raw`, `rollout` and `attribution`,
+    `gradient_x_input`, `integrated_gradients`, `mambalrp`. Errors as for those."""
+    found = token_attribution(model, ids, target)
+    found["gradient_x_input"] = gradient_x_input(model, ids, target)
+    found["integrated_gradients"] = integrated_gradients(model, ids, target, baseline=baseline, steps=steps)
+    found["mambalrp"] = mambalrp(model, ids, target)
+    return found
+
+
+def labelled_rows(
+    sequences,   # n arrays of ids, cut after `length`
+    y,           # int[n], their classes
+    vocab_size,  # of the sequences' tokenizer, whose last id is end-of-text
+    classes,     # how many there are
+    length,
+) -> Blocks:
+    """Rows for `train_lm`: start, text, end-of-text, class; the class alone counts as a target.
+
+    Class c is the id `vocab_size` + c and the start is `vocab_size` + `classes`, so that the tokenizer is
+    `Symbols(vocab_size + classes)`. ValueError for a class that is not there."""
+    y, cut = np.asarray(y), [np.asarray(s[:length]) for s in sequences]
+    if len(y) != len(cut) or not ((y >= 0) & (y < classes)).all():
+        raise ValueError(f"`y` must be {len(cut)} classes in [0, {classes})")
+    sizes, row = np.array([len(s) for s in cut]), np.arange(len(cut))
+    tokens = np.full((len(cut), length + 3), vocab_size + classes, np.int32)
+    documents = np.full((len(cut), length + 2), -1, np.int32)
+    tokens[:, 1:-2][np.arange(length) < sizes[:, None]] = np.concatenate(cut)
+    tokens[row, sizes + 1], tokens[row, sizes + 2] = vocab_size - 1, vocab_size + y
+    documents[row, sizes + 1] = row
+    return Blocks(tokens, documents)
