@@ -340,7 +340,7 @@ def norm_ranks(router_scores, expert_norms) -> pd.DataFrame:
     return pd.DataFrame({"score_rank": np.repeat(rank, e), "norm_rank": np.tile(rank, e), "count": count,
                          "share": count / len(router_scores), "chance": 1 / e})
 
-
+# %% ../../nbs/moe/statistics.ipynb #7c4a974f
 @method("moe", kind="analysis", returns="frame", deterministic=True, **_LO)
 def norm_agreement(router_scores, expert_norms, *,
                    chosen=2,  # how many experts a token has

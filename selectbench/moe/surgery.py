@@ -299,7 +299,7 @@ def load(config, state) -> torch.nn.Module:
     module.load_state_dict(state)
     return module.eval()
 
-
+# %% ../../nbs/moe/surgery.ipynb #f824a823
 def _blocks(config, state):
     "Paths of the MoE layers, in order; ValueError for a type of model that is not known here, or has none."
     if config.model_type not in COUNTS:
@@ -316,7 +316,7 @@ def _resized(config, e):
     config.num_experts_per_tok = min(config.num_experts_per_tok, e)
     return config
 
-# %% ../../nbs/moe/surgery.ipynb #f824a823
+# %% ../../nbs/moe/surgery.ipynb #a267ea85
 def _positions(given, name, layer, e):
     "int64[k], experts of `layer`, a Selection's in ascending order; ValueError, naming `name`, for bad ones."
     if isinstance(given, Selection):
@@ -344,7 +344,7 @@ def _layers_of(what, name, config, state):
     if set(what) != set(layers): raise ValueError(f"`{name}` must have the layers {layers}, got {list(what)}")
     return layers
 
-
+# %% ../../nbs/moe/surgery.ipynb #89a5f6c9
 def prune_experts(model, keep):
     """`model` with only the experts in `keep`, a dict layer -> Selection, or positions in the order they shall have.
 

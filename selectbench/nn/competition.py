@@ -319,7 +319,7 @@ class SMEAR(Peer):
         y = (F.silu(x @ gate.mT) * (x @ up.mT)) @ down.mT
         return y.view(b, -1, hidden.shape[-1])[:, :t].reshape(hidden.shape), routing
 
-
+# %% ../../nbs/nn/competition.ipynb #543f8013
 def _by_the_one_before(probs, read):
     "[b, s, e] `probs` moved on by one segment; equal shares after a segment in which nothing was `read` bool[b, s, 1]."
     equal = torch.full_like(probs, 1 / probs.shape[-1])

@@ -129,7 +129,7 @@ def _expert(experts, e, hidden):
     gate, up = inner.chunk(2, -1)
     return _linear(experts, "down_proj", e, experts.act_fn(gate) * up)
 
-
+# %% ../../nbs/nn/trace.ipynb #207878c4
 def _pair(expert):
     "The two linear maps of a plain expert: up, down."
     return [m for m in expert.children() if isinstance(m, nn.Linear)]
@@ -181,7 +181,7 @@ def _marked(watch):
     weights, experts = weights.topk(k, dim=-1)
     return experts.masked_fill(weights == 0, -1), weights
 
-
+# %% ../../nbs/nn/trace.ipynb #84b00750
 @dataclass(frozen=True)
 class _Row:
     "How to read one type of router."
