@@ -1,6 +1,7 @@
 "Relevance: the authors' numbers, conservation and its breaks, a model left as it was, deletion against single passes."
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +23,11 @@ from selectbench.ssm.relevance import (
     explain,
     gradient_x_input,
     integrated_gradients,
+    judge,
     labelled_rows,
+    leave_one_out,
     mambalrp,
+    rankings,
     scan_relevance,
 )
 
@@ -228,3 +232,24 @@ def test_bad_arguments():
     for name, calls in cases.items():
         for call in calls:
             with pytest.raises(ValueError, match=f"`{name}`"): call()
+
+
+def test_judge(tmp_path, monkeypatch):
+    "The curves of `judge` have the areas of `deletion_gap`; leave-one-out by single passes."
+    monkeypatch.setenv("SELECTBENCH_CACHE", str(tmp_path))
+    model = tiny("mamba")
+    fake = SimpleNamespace(model=lambda: model, fingerprint="a model of this test")
+    found = judge(fake, [IDS[:12], IDS[5:14]], baseline=7, steps=3, draws=2)
+    scores = rankings(model, IDS[5:14], np.random.default_rng([0, 1]), baseline=7, draws=2)
+    for replacement, column in ((None, "log_probability"), (7, "replaced")):
+        gap = deletion_gap(model, IDS[5:14], scores.T, keep=(0, -1), steps=3, replacement=replacement).gap
+        mine = found[found.text == 1].pivot(index="share", columns=["ranking", "first"], values=column)
+        area = mine.apply(lambda c: np.trapezoid(c, c.index))
+        for name in ("mambalrp", "recency", "without gate"):
+            assert np.isclose(area[name, "least"] - area[name, "most"], gap[list(scores).index(name)], atol=1e-4)
+        drawn = gap[[k for k, name in enumerate(scores) if name.startswith("random")]].mean()
+        assert np.isclose(area["random", "least"] - area["random", "most"], drawn, atol=1e-4)
+    target = int(logits(model, IDS)[-1].argmax())
+    whole = slowly(model, IDS, [], target, None)[0]
+    single = [whole - slowly(model, IDS, [k], target, None)[1] for k in range(19)]
+    np.testing.assert_allclose(leave_one_out(model, IDS), [*single, 0], rtol=1e-3, atol=1e-4)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RULES', 'conserving', 'mambalrp', 'gradient_x_input', 'conservation', 'integrated_gradients', 'scan_relevance',
-           'deletion_curve', 'deletion_area', 'deletion_gap', 'explain', 'labelled_rows']
+           'deletion_curve', 'deletion_area', 'deletion_gap', 'explain', 'labelled_rows', 'leave_one_out', 'rankings',
+           'judge']
 
 # %% ../../nbs/ssm/relevance.ipynb #b7b4bc49
 import inspect
@@ -16,7 +17,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from ..core.cache import cached
 from ..core.policy import Blocks
+from ..core.progress import progress
 from ..core.registry import method
 from ..nn.scan import SCANS, rebound
 from .attention import BLOCK, _checked, _mambas, _one_sequence, _pieces, token_attribution
@@ -249,12 +252,12 @@ def _last_logits(model, ids, kept, replacement, batch_size):
     if not kept.any(1).all(): raise ValueError("`order` names every position: at least one must stay")
     last, out = kept.sum(1) - 1, []
     rows = np.take_along_axis(np.broadcast_to(ids, kept.shape), np.argsort(~kept, 1, kind="stable"), 1)
-    for k in range(0, len(rows), batch_size):
-        part = last[k:k + batch_size]
-        read = torch.from_numpy(np.ascontiguousarray(rows[k:k + batch_size, :part.max() + 1]))
+    falling = np.argsort(-last, kind="stable")  # rows of similar length together
+    for which in np.split(falling, range(batch_size, len(rows), batch_size)):
+        read = torch.from_numpy(np.ascontiguousarray(rows[which, :last[which].max() + 1]))
         logits = model(read.to(next(model.parameters()).device), use_cache=False).logits
-        out.append(logits[torch.arange(len(part)), torch.from_numpy(part)].float().cpu())
-    return torch.cat(out)
+        out.append(logits[torch.arange(len(which)), torch.from_numpy(last[which])].float().cpu())
+    return torch.cat(out)[np.argsort(falling)]
 
 # %% ../../nbs/ssm/relevance.ipynb #8574c17b
 def deletion_curve(
@@ -290,6 +293,16 @@ def deletion_area(curves, score="log_probability") -> pd.Series:
     return curves.groupby("order").apply(lambda c: np.trapezoid(c[score], c["share"]), include_groups=False)
 
 
+def _both_ways(scores, x, keep):
+    "int[2 m, p]: positions outside `keep` by falling scores f[m, x], then by rising ones; ValueError for bad scores."
+    scores = np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    if scores.ndim != 2 or scores.shape[1] != x or not np.isfinite(scores).all():
+        raise ValueError(f"`scores` must be finite, {x} to a row, got shape {scores.shape}")
+    free = np.delete(np.arange(x), list(keep))
+    rising = free[np.argsort(scores[:, free], 1, kind="stable")]
+    return np.r_[rising[:, ::-1], rising]
+
+
 def deletion_gap(
     model, ids,
     scores,  # f[x] or f[m, x]: what explanations say of each token
@@ -301,12 +314,8 @@ def deletion_gap(
     """One row per explanation: the areas `most_first` and `least_first`, and `gap`, the second minus the first.
 
     ValueError for `scores` of another length or with NaN; otherwise as for `deletion_curve`."""
-    scores, x = np.atleast_2d(np.asarray(scores, dtype=np.float64)), _one_sequence(model, ids).shape[1]
-    if scores.ndim != 2 or scores.shape[1] != x or not np.isfinite(scores).all():
-        raise ValueError(f"`scores` must be finite, {x} to a row, got shape {scores.shape}")
-    free = np.delete(np.arange(x), list(keep))
-    rising = free[np.argsort(scores[:, free], 1, kind="stable")]
-    curves = deletion_curve(model, ids, np.r_[rising[:, ::-1], rising], target, **options)
+    orders = _both_ways(scores, _one_sequence(model, ids).shape[1], keep)
+    curves = deletion_curve(model, ids, orders, target, **options)
     most, least = np.split(deletion_area(curves, score).to_numpy(), 2)
     return pd.DataFrame({"most_first": most, "least_first": least, "gap": least - most})
 
@@ -346,3 +355,49 @@ def labelled_rows(
     tokens[row, sizes + 1], tokens[row, sizes + 2] = vocab_size - 1, vocab_size + y
     documents[row, sizes + 1] = row
     return Blocks(tokens, documents)
+
+# %% ../../nbs/ssm/relevance.ipynb #ca7b4e6c
+def leave_one_out(model, ids, target=None, *, batch_size=128) -> np.ndarray:
+    "f64[x], how much the log-probability falls when each token alone is cut out; 0 for the last, where it is read."
+    ids = _one_sequence(model, ids)[0].cpu().numpy()
+    kept = np.r_[np.ones((1, len(ids)), bool), ~np.eye(len(ids), dtype=bool)[:-1]]
+    found = F.log_softmax(_last_logits(model, ids, kept, None, batch_size), -1)
+    score = found[:, _wanted(found[0], target)].double().numpy()
+    return np.r_[score[0] - score[1:], 0.0]
+
+
+def rankings(model, ids, rng, *, baseline=None, draws=5) -> pd.DataFrame:
+    "One row per token, a column per ranking: `explain`, rules left out, `leave_one_out`, `recency`, `random` draws."
+    found = explain(model, ids, baseline=baseline)
+    for rule in RULES: found[f"without {rule}"] = mambalrp(model, ids, rules=tuple(r for r in RULES if r != rule))
+    found["leave_one_out"], found["recency"] = leave_one_out(model, ids), np.arange(len(ids))
+    drawn = {f"random {k}": values for k, values in enumerate(rng.random((draws, len(ids))))}
+    return found.assign(**drawn)
+
+# %% ../../nbs/ssm/relevance.ipynb #a1f68174
+def _curves(model, ids, scores, keep, **options):
+    "The curves of every column of `scores`, both ways: columns ranking, first, share, logit, log_probability."
+    found = deletion_curve(model, ids, _both_ways(scores.T.to_numpy(), len(ids), keep), **options)
+    ways = pd.MultiIndex.from_product([["most", "least"], scores], names=["first", "ranking"]).to_frame(index=False)
+    found = found.join(ways, on="order").drop(columns=["order", "removed"])
+    found["ranking"] = found["ranking"].str.replace(r"^random .*", "random", regex=True)
+    return found.groupby(["ranking", "first", "share"], sort=False, as_index=False).mean()
+
+
+@cached(version=1)
+def judge(
+    lm,         # a TrainedLM: a Mamba or Mamba-2
+    sequences,  # arrays of ids
+    *,
+    baseline,   # id: of integrated gradients, and what takes the place of the deleted in `replaced`
+    keep=(0, -1), draws=5, steps=8, seed=0,
+) -> pd.DataFrame:
+    """Deletion curves of each of `rankings` for each of `sequences`: columns text, ranking, first (most, least), share,
+    logit, log_probability, and `replaced`, the log-probability when tokens become `baseline` instead."""
+    model, out = lm.model(), []
+    for k, ids in enumerate(progress(sequences, "judging explanations")):
+        scores = rankings(model, ids, np.random.default_rng([seed, k]), baseline=baseline, draws=draws)
+        found = _curves(model, ids, scores, keep, steps=steps)
+        other = _curves(model, ids, scores, keep, steps=steps, replacement=baseline)
+        out.append(found.assign(replaced=other.log_probability, text=k))
+    return pd.concat(out, ignore_index=True)
