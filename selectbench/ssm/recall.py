@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPECIAL', 'PARTS', 'distinct', 'query_slots', 'mqar', 'set_disjointness', 'joined', 'mqar_chance',
            'disjointness_chance', 'frequency_accuracy', 'recall_accuracy', 'RecallTask', 'mqar_task',
-           'disjointness_task', 'recall_outcome', 'recall_run', 'recall_grid', 'bigram_gaps']
+           'disjointness_task', 'recall_models', 'recall_outcome', 'recall_run', 'recall_grid', 'bigram_gaps',
+           'text_outcome', 'text_grid']
 
 # %% ../../nbs/ssm/recall.ipynb #04ab066c
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from joblib import Parallel, delayed
 from ..core.cache import cached
 from ..core.policy import Blocks
 from ..core.progress import progress
-from ..zoo.lm import predict_blocks, train_lm
-from ..zoo.tokenizer import Symbols
+from ..nn.blocks import Attention, Mamba, Mamba2, block_config
+from ..nn.linear_attention import BaseConv, PrefixLinearAttention, TaylorAttention
+from ..zoo.lm import predict_blocks, score_blocks, train_lm
+from ..zoo.tokenizer import Symbols, windows
 
 # %% ../../nbs/ssm/recall.ipynb #463e4877
 def distinct(rng, n, k, size) -> np.ndarray:
@@ -42,7 +45,7 @@ def _blocks(tokens, counts):
     rows = np.where(counts[:, 1:], np.arange(len(tokens))[:, None], -1)
     return Blocks(tokens.astype(np.int32), rows.astype(np.int32))
 
-
+# %% ../../nbs/ssm/recall.ipynb #a485e585
 def _check_mqar(pairs, length, vocab, passes):
     for name, value in (("pairs", pairs), ("passes", passes)):
         if value < 1: raise ValueError(f"`{name}` must be at least 1, got {value}")
@@ -61,8 +64,8 @@ def mqar(
 ) -> Blocks:
     """Rows of multi-query associative recall: the value after each query counts, all other targets do not.
 
-    Every key is asked for once. Arora et al. 2023 (Zoology), section 4 and `multiquery_ar` of their code; `passes` is
-    from their later code for *Just read twice*. ValueError for sizes that do not fit."""
+    Every key is asked for once. Arora et al. 2023 (Zoology), `multiquery_ar` of their code; `passes` was added there
+    for *Just read twice*. ValueError for sizes that do not fit."""
     _check_mqar(pairs, length, vocab, passes)
     rng, half, context = np.random.default_rng([seed, 11]), vocab // 2, 2 * pairs * passes
     keys = 1 + distinct(rng, n, pairs, half - 1)
@@ -87,8 +90,7 @@ def set_disjointness(
 ) -> Blocks:
     """Rows of two sets that share one element: it is the last token, the only target that counts.
 
-    Arora et al. 2024 (Just read twice), section 3 and `disjoint_sets` of their code. ValueError for sizes that do not
-    fit."""
+    Arora et al. 2024 (Just read twice), `disjoint_sets` of their code. ValueError for sizes that do not fit."""
     for name, value in (("first", first), ("second", second), ("passes", passes)):
         if value < 1: raise ValueError(f"`{name}` must be at least 1, got {value}")
     if vocab < SPECIAL + first + second - 1:
@@ -180,6 +182,37 @@ def disjointness_task(
                  lambda s, n, i: set_disjointness(n, *s, vocab, i, **options),
                  {s: disjointness_chance(*s) for s in sizes})
 
+# %% ../../nbs/ssm/recall.ipynb #5b2e3ffe
+def _stack(*mixers, depth, **options):
+    "The `config` of `depth` times these (class, options)."
+    return block_config([m for m, _ in mixers], mixer_options=[o for _, o in mixers], layers=depth * len(mixers), mlp=0,
+                        **options)
+
+
+def recall_models(
+    sizes,  # family -> the sizes wanted: windows, feature dimensions (for `hybrid` with the window), states
+    *, depth=1, width=32,
+    prefix=0,  # tokens that prefix linear attention reads in both directions
+) -> dict:
+    """name -> `config` for train_lm: `attention`, `window`, `based`, `hybrid`, `prefix`, `mamba`, `mamba2`; with size.
+
+    Attention has one head. ValueError for another family. The state grows with the size, see `BlockLM.state_size`."""
+    conv, attention = (BaseConv, {"expand": 1}), lambda window: (Attention, {"heads": 1, "window": window})
+    taylor = lambda d, kind=TaylorAttention: (kind, {"heads": 1, "feature_dim": d})
+    make = {"attention": lambda _: [conv, attention(None)], "window": lambda w: [conv, attention(w)],
+            "based": lambda d: [conv, taylor(d)], "hybrid": lambda s: [conv, taylor(s[0]), attention(s[1])],
+            "prefix": lambda d: [conv, taylor(d, PrefixLinearAttention)], "mamba": lambda n: [(Mamba, {"state": n})],
+            "mamba2": lambda n: [(Mamba2, {"state": n, "head_dim": width})]}
+    unknown = sorted(set(sizes) - set(make))
+    if unknown: raise ValueError(f"`sizes` must be of {list(make)}, got {unknown}")
+    named = lambda family, size: family if size is None else f"{family} {size}".replace(",", " +").translate(_BARE)
+    return {named(family, size): _stack(*make[family](size), depth=depth, width=width,
+                                        **{"prefix": prefix} if family == "prefix" else {})
+            for family, many in sizes.items() for size in many}
+
+
+_BARE = str.maketrans("", "", "()")
+
 # %% ../../nbs/ssm/recall.ipynb #8ee710d9
 @cached(version=1)
 def recall_outcome(lm, asked, *, batch_size=64) -> dict:
@@ -196,7 +229,7 @@ def recall_run(config, task: RecallTask, steps: int, seed: int = 0, *, batch_siz
     """A model of `train_lm`'s `config` trained for `steps` on a task and asked: one row for each entry of `asked`.
 
     Columns: `asked`, `accuracy`, `chance`, `frequency`, `state`, `parameters`, `seconds`, `cached`."""
-    tokens = int(np.ceil(steps * batch_size * task.train.mask.sum() / len(task.train)))
+    tokens = int(steps * batch_size * task.train.mask.sum() / len(task.train))
     lm = train_lm.lazy(config, task.train, tokens, seed, tokenizer=Symbols(task.vocab), batch_size=batch_size,
                        checkpoint_every=0, device="cpu", **recipe)
     out, info = recall_outcome.lazy(lm, list(task.asked.values())).fetch()
@@ -234,3 +267,31 @@ def bigram_gaps(blocks) -> np.ndarray:
     later, earlier = order[1:][same], order[:-1][same]
     gaps[row[later], t[later]] = t[later] - t[earlier]
     return gaps
+
+# %% ../../nbs/ssm/recall.ipynb #8d041d5d
+@cached(version=1)
+def text_outcome(lm, texts, *, batch_size=32) -> dict:
+    """What a TrainedLM loses on texts: `loss` (nats per byte, end-of-text one byte), `repeated` and `new` (nats per
+    token where the pair with the token before has, or has not, been read in the row), `share` of repeated targets,
+    `state` and `seconds` as in `recall_outcome`."""
+    blocks, module = windows(texts, lm.tokenizer, lm.block), lm.model("cpu")
+    scores, again = score_blocks(module, blocks, batch_size), bigram_gaps(blocks) > 0
+    new = blocks.mask & ~again
+    return {"loss": float(scores.sum(dtype=np.float64) / sum(len(t.encode()) + 1 for t in texts)),
+            "repeated": float(scores[again].mean()), "new": float(scores[new].mean()),
+            "share": float(again.sum() / blocks.mask.sum()), "state": int(module.state_size(lm.block)),
+            "seconds": float(lm.curve["seconds"].iloc[-1])}
+
+
+def text_grid(models, texts, held_out, tokens, seeds, *, n_jobs=1, **recipe) -> pd.DataFrame:
+    "A row for every model (name -> `config`) and seed: `text_outcome` on `held_out` after training on `texts`."
+    cells = [(name, config, seed) for seed in seeds for name, config in models.items()]
+    jobs = Parallel(n_jobs=n_jobs, return_as="generator")(
+        delayed(_text_cell)(name, config, texts, held_out, tokens, seed, recipe) for name, config, seed in cells)
+    return pd.DataFrame(list(progress(jobs, desc="text", total=len(cells))))
+
+
+def _text_cell(name, config, texts, held_out, tokens, seed, recipe):
+    "One run of `text_grid`."
+    lm = train_lm.lazy(config, texts, tokens, seed, checkpoint_every=0, device="cpu", **recipe)
+    return {"model": name, "seed": seed} | text_outcome.lazy(lm, held_out).fetch()[0]
