@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.digest import exporting_module, source_digest
 from ..core.registry import method
-from .moe import Dense, check_hidden, find
+from .moe import Dense, check_hidden, find, named
 from .scan import selective_scan, ssd_scan
 
 # %% ../../nbs/nn/blocks.ipynb #f60f5746
@@ -272,7 +271,7 @@ def _paired(mixer, mixer_options):
 def make_mixers(mixer, mixer_options, width, layers):
     "The mixers of `layers` layers, layer i made by the i-th of `mixer` in turn; arguments as in `block_lm`."
     _positive(layers=layers)
-    pairs = [(find(m), options) for m, options in _paired(mixer, mixer_options)]
+    pairs = [(find(m, "mixer"), options) for m, options in _paired(mixer, mixer_options)]
     turn = [pairs[i % len(pairs)] for i in range(layers)]
     return [make(width, i, **options) for i, (make, options) in enumerate(turn)]
 
@@ -291,19 +290,10 @@ def block_lm(
     return BlockLM(vocab_size, make_mixers(mixer, mixer_options, width, layers), width=width, mlp=mlp, prefix=prefix)
 
 # %% ../../nbs/nn/blocks.ipynb #410c7eeb
-def _named(mixer):
-    "(name, options bound to it, digest of its source); ValueError for a mixer without a name."
-    bound, made = (mixer.keywords, mixer.func) if isinstance(mixer, partial) else ({}, mixer)
-    made = find(made)
-    if "<" in getattr(made, "__qualname__", "<") or getattr(mixer, "args", ()):
-        raise ValueError(f"`mixer` must be a named class or function, with options by keyword, got {mixer!r}")
-    return f"{exporting_module(made)}:{made.__qualname__}", dict(bound), source_digest(made)
-
-
 def block_config(mixer="mamba", *, mixer_options=None, **options):
     """The `config` of `train_lm` for a `block_lm`: `mixer` is a name, a named class or function, a partial of one, or a
     list of these; `options` as in `block_lm`. ValueError for a mixer without a name."""
-    pairs = [(*_named(m), given) for m, given in _paired(mixer, mixer_options)]
+    pairs = [(*named(m, "mixer"), given) for m, given in _paired(mixer, mixer_options)]
     names, bound, sources, given = zip(*pairs, strict=True)
     return partial(block_lm, mixer=list(names), mixer_options=[a | b for a, b in zip(bound, given, strict=True)],
                    source=list(sources), **options)

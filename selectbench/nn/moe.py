@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Routing', 'Context', 'Experts', 'swiglu', 'check_routing', 'check_hidden', 'without', 'MoELayer', 'Dense', 'Router',
-           'loads', 'balance_loss', 'cv_squared', 'z_loss', 'TopK', 'MoELM', 'find', 'make_router', 'moe_lm',
+           'loads', 'balance_loss', 'cv_squared', 'z_loss', 'TopK', 'MoELM', 'find', 'make_router', 'moe_lm', 'named',
            'moe_config', 'active_parameters', 'active_flops']
 
 # %% ../../nbs/nn/moe.ipynb #be8ba7cd
@@ -370,15 +370,15 @@ class MoELM(nn.Module):
         return out
 
 # %% ../../nbs/nn/moe.ipynb #78c52f7f
-def find(router):
-    "The class or function that `router` is or names; ValueError if it names none."
-    if callable(router): return router
-    if ":" not in router: return methods[router]
-    module, path = router.split(":")
+def find(maker, what="router"):
+    "The class or function that `maker` is or names; ValueError, about `what`, if it names none."
+    if callable(maker): return maker
+    if ":" not in maker: return methods[maker]
+    module, path = maker.split(":")
     here = getattr(sys.modules["__main__"], path, None)
     if here is not None and exporting_module(here) == module: return here
     try: return attrgetter(path)(importlib.import_module(module))
-    except (ImportError, AttributeError) as e: raise ValueError(f"`router` names {router!r}: {e}") from None
+    except (ImportError, AttributeError) as e: raise ValueError(f"`{what}` names {maker!r}: {e}") from None
 
 
 def make_router(router, width, n_experts, layer, options, **offered):
@@ -416,16 +416,22 @@ def moe_lm(
     return MoELM(llama, pad_id)
 
 # %% ../../nbs/nn/moe.ipynb #7c0648b6
+def named(maker, what="router"):
+    """(name, options bound to it, digest of its source) of a class or function, of a partial of one, or of what `find`
+    knows. ValueError, about `what`, for one without a name."""
+    bound, made = (maker.keywords, maker.func) if isinstance(maker, partial) else ({}, maker)
+    made = find(made, what)
+    if "<" in getattr(made, "__qualname__", "<") or getattr(maker, "args", ()):
+        raise ValueError(f"`{what}` must be a named class or function, with options by keyword, got {maker!r}")
+    return f"{exporting_module(made)}:{made.__qualname__}", dict(bound), source_digest(made)
+
+
 def moe_config(router="top_k", **options):
     """The `config` of `train_lm` for a `moe_lm`: `router` is a name, a named class or function, a partial of one, or
     None for a dense model; `options` as in `moe_lm`. ValueError for a router without a name."""
     if router is None: return partial(moe_lm, router=None, **options)
-    bound, made = (router.keywords, router.func) if isinstance(router, partial) else ({}, router)
-    made = find(made)
-    if "<" in getattr(made, "__qualname__", "<") or getattr(router, "args", ()):
-        raise ValueError(f"`router` must be a named class or function, with options by keyword, got {router!r}")
-    name = f"{exporting_module(made)}:{made.__qualname__}"
-    return partial(moe_lm, router=name, router_options=dict(bound), source=source_digest(made), **options)
+    name, bound, source = named(router)
+    return partial(moe_lm, router=name, router_options=bound, source=source, **options)
 
 # %% ../../nbs/nn/moe.ipynb #f7961248
 def active_parameters(model) -> float:
