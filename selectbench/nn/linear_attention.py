@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['taylor_map', 'taylor_weights', 'taylor_state', 'taylor_attention', 'TaylorAttention', 'BaseConv',
-           'PrefixLinearAttention']
+           'PrefixLinearAttention', 'LMOutput', 'ReadTwiceLM', 'read_twice_config', 'after_prefix', 'read_twice']
 
 # %% ../../nbs/nn/linear_attention.ipynb #cdb48f8d
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.policy import Blocks
 from ..core.registry import method
+from .blocks import _positive, block_config, block_lm
 from .moe import check_hidden
 
 # %% ../../nbs/nn/linear_attention.ipynb #523f794e
@@ -69,12 +70,6 @@ _BASED = dict(kind="architecture", returns="module", key="based", year=2024, url
               paper="Simple linear attention language models balance the recall-throughput tradeoff",
               authors="Arora, Simran and Eyuboglu, Sabri and Zhang, Michael and Timalsina, Aman and Alberti, Silas and "
                       "Zinsley, Dylan and Zou, James and Rudra, Atri and Ré, Christopher")
-
-
-def _positive(**sizes):
-    "ValueError for a size that is no integer of at least one."
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1: raise ValueError(f"`{name}` must be a positive integer, got {size!r}")
 
 
 @method("ssm", name="based", **_BASED)
@@ -177,3 +172,79 @@ class PrefixLinearAttention(TaylorAttention):
         if not prefix: return self._read(hidden)
         k, v = (self._split(layer(hidden[:, :prefix])) for layer in (self.prefix_key, self.prefix_value))
         return self._read(hidden, taylor_state(k, v))
+
+# %% ../../nbs/nn/linear_attention.ipynb #2b57a3b0
+@dataclass
+class LMOutput:
+    "What a language model says of ids [b, t]."
+    logits: Tensor                   # [b, t, vocab], of the token after each
+    aux_loss: Tensor | None = None   # scalar to be added to the loss, in training
+
+
+class ReadTwiceLM(nn.Module):
+    """JRT-RNN: a `BlockLM` that reads the first `prefix` tokens in both directions, and in training fills in masks
+    there; ids int64[b, t] -> `LMOutput` (Arora et al. 2024, Just read twice). The mask is the id above the vocabulary.
+
+    ValueError for a `prefix` below one, a `share` outside (0, 1], a `weight` below zero, no mixer that takes a prefix.
+    """
+    def __init__(self, vocab_size, *,
+                 prefix,       # tokens read in both directions; shorter rows are prefix altogether
+                 share=0.15,   # of the prefix that is masked
+                 weight=0.25,  # of the masked tokens' mean loss
+                 mixer="prefix_linear_attention", **options,  # of `block_lm`
+                 ):
+        super().__init__()
+        _positive(vocab_size=vocab_size, prefix=prefix)
+        if not 0 < share <= 1: raise ValueError(f"`share` must lie in (0, 1], got {share}")
+        if weight < 0: raise ValueError(f"`weight` must be at least 0, got {weight}")
+        self.vocab_size, self.prefix, self.share, self.weight = vocab_size, prefix, share, weight
+        self.lm = block_lm(vocab_size + 1, mixer=mixer, prefix=prefix, **options)
+
+    mixers = property(lambda self: self.lm.mixers, doc="The mixers, in order.")
+    head = property(lambda self: self.lm.head, doc="The output layer, with a row for the mask.")
+
+    def state_size(self, length):
+        "How many numbers a decoder carries for one sequence after `length` tokens, all layers together."
+        return self.lm.state_size(length)
+
+    def forward(self, input_ids):
+        "`LMOutput` of `input_ids` [b, t]; the masks are drawn from torch's generator, as dropout is."
+        if not self.training: return LMOutput(self._logits(input_ids))
+        masked = torch.rand(input_ids.shape, device=input_ids.device) < self.share
+        masked[:, self.prefix:] = False
+        logits = self._logits(input_ids.masked_fill(masked, self.vocab_size))
+        total = F.cross_entropy(logits[masked], input_ids[masked], reduction="sum")
+        return LMOutput(logits, self.weight * total / masked.sum().clamp(min=1))
+
+    def _logits(self, input_ids): return self.lm(input_ids)[..., : self.vocab_size]
+
+# %% ../../nbs/nn/linear_attention.ipynb #9acc7ff7
+def read_twice_config(mixer="prefix_linear_attention", *, prefix, share=0.15, weight=0.25, **options):
+    "The `config` of `train_lm` for a `ReadTwiceLM`; `mixer` and `options` as in `block_config`."
+    return partial(ReadTwiceLM, prefix=prefix, share=share, weight=weight, **block_config(mixer, **options).keywords)
+
+
+def after_prefix(blocks, prefix) -> Blocks:
+    "`blocks` whose targets count only for outputs after the first `prefix`; ValueError where none would be left."
+    length = blocks.documents.shape[1]
+    if not 0 <= prefix < length: raise ValueError(f"`prefix` must lie in [0, {length}), got {prefix}")
+    return Blocks(blocks.tokens, np.where(np.arange(length) < prefix, -1, blocks.documents).astype(np.int32))
+
+# %% ../../nbs/nn/linear_attention.ipynb #75045d1d
+def read_twice(rows,      # `Blocks`, or int[n, t + 1] tokens, of which every target then counts
+               context,   # tokens at the start of each row that are the text
+               question=0,  # tokens after them that are the question
+               ) -> Blocks:
+    """Rows that read: question, context, and then the row as it was; targets count in the row alone (JRT-Prompt, Arora
+    et al. 2024, Just read twice). ValueError for `rows` that are no matrix of integers, or parts that do not fit."""
+    if not isinstance(rows, Blocks):
+        tokens = np.asarray(rows)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu": raise ValueError("`rows` must be int[n, t + 1] or Blocks")
+        documents = np.repeat(np.arange(len(tokens)), max(tokens.shape[1] - 1, 0))
+        rows = Blocks(tokens.astype(np.int32), documents.reshape(len(tokens), -1).astype(np.int32))
+    end = context + question
+    if context < 1: raise ValueError(f"`context` must be at least 1, got {context}")
+    if question < 0 or end > rows.tokens.shape[1]:
+        raise ValueError(f"`context` + `question` must fit {rows.tokens.shape[1]} tokens, got {context} + {question}")
+    tokens = np.concatenate([rows.tokens[:, context:end], rows.tokens[:, :context], rows.tokens], 1)
+    return Blocks(tokens, np.pad(rows.documents, ((0, 0), (end, 0)), constant_values=-1))
