@@ -94,8 +94,8 @@ def test_rows_repeat_by_seed_and_parts_differ():
         assert not {*map(bytes, make(seed=3).tokens)} & {*map(bytes, make(seed=4).tokens)}
     for make in (partial(mqar_task, (2, 3), 12, vocab=40), partial(disjointness_task, ((2, 5), (5, 2)), vocab=40)):
         rows = [{*map(bytes, b.tokens)} for part in ("test", "validation")
-                for b in make(rows=60, asked_rows=20, part=part).asked.values()]
-        trained = {*map(bytes, make(rows=60, asked_rows=20).train.tokens)}
+                for b in make(rows=40, asked_rows=20, part=part).asked.values()]
+        trained = {*map(bytes, make(rows=40, asked_rows=20).train.tokens)}
         assert not set.intersection(*rows) and not any(r & trained for r in rows)
 
 
