@@ -23,7 +23,7 @@ from ..nn.moe import check_hidden
 
 # %% ../../nbs/order/generation.ipynb #c35f07f3
 class Layer(nn.Module):
-    "x + attention(norm x), then x + perceptron(norm x), without positions; ValueError if `heads` do not divide `width`."
+    "x + attention(norm x), then x + perceptron(norm x); ValueError if `heads` do not divide `width`."
     def __init__(self, width, heads=4, mlp=4):
         super().__init__()
         if width % heads: raise ValueError(f"`heads` ({heads}) must divide `width` ({width})")
@@ -174,7 +174,8 @@ def train_sigma(tokens,      # int[n, t]
 
 def sigma_models(trained) -> list:
     "The modules that `train_sigma` trained, in evaluation mode, one for each seed."
-    models = [SigmaGPT(**trained["options"]) for _ in range(trained["loss"].shape[1])]
+    with torch.random.fork_rng([]):
+        models = [SigmaGPT(**trained["options"]) for _ in range(trained["loss"].shape[1])]
     for i, model in enumerate(models): model.load_state_dict({k: v[i] for k, v in trained["state"].items()})
     return [model.eval() for model in models]
 
