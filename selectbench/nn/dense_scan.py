@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ..core.registry import method
+from .blocks import check_sizes
 from .moe import check_hidden
 
 # %% ../../nbs/nn/dense_scan.ipynb #55374512
@@ -116,12 +117,6 @@ _FACTS = {"kind": "architecture", "returns": "module", "paper": _TITLE, "key": "
           "url": "https://arxiv.org/abs/2412.19350", "authors": "Terzić, Aleksandar and Hersche, Michael and "
           "Camposampiero, Giacomo and Hofmann, Thomas and Sebastian, Abu and Rahimi, Abbas"}
 
-
-def _positive(**sizes):
-    "ValueError for a size that is no integer of at least one."
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1: raise ValueError(f"`{name}` must be a positive integer, got {size!r}")
-
 # %% ../../nbs/nn/dense_scan.ipynb #53d9c560
 @method("ssm", name="sd_ssm", **_FACTS)
 class DenseSSM(nn.Module):
@@ -135,7 +130,7 @@ class DenseSSM(nn.Module):
                  norm=1.2,    # p, see `dense_scan`
                  ):
         super().__init__()
-        _positive(width=width, state=state, matrices=matrices)
+        check_sizes(width=width, state=state, matrices=matrices)
         if not 1 <= norm < math.inf: raise ValueError(f"`norm` must be at least 1 and finite, got {norm}")
         self.state, self.p = state, norm
         self.A_selector = nn.Linear(width, matrices)
@@ -170,7 +165,7 @@ class DiagonalSSM(nn.Module):
                  state=64,  # n, complex numbers of state
                  ):
         super().__init__()
-        _positive(width=width, state=state)
+        check_sizes(width=width, state=state)
         self.state = state
         self.A_generator = nn.Sequential(nn.Linear(width, 4 * state), nn.ReLU(), nn.Linear(4 * state, 2 * state))
         self.register_buffer("phases", 2 * math.pi * torch.rand(state))  # of the first state

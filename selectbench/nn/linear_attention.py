@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.policy import Blocks
 from ..core.registry import method
-from .blocks import _positive, block_config, block_lm
+from .blocks import block_config, block_lm, check_sizes
 from .moe import check_hidden
 
 # %% ../../nbs/nn/linear_attention.ipynb #523f794e
@@ -83,7 +83,7 @@ class TaylorAttention(nn.Module):
                  chunk=128,       # see `taylor_attention`
                  ):
         super().__init__()
-        _positive(width=width, heads=heads, feature_dim=feature_dim, chunk=chunk)
+        check_sizes(width=width, heads=heads, feature_dim=feature_dim, chunk=chunk)
         if width % heads: raise ValueError(f"`heads` ({heads}) must divide `width` ({width})")
         self.width, self.heads, self.feature_dim, self.chunk = width, heads, feature_dim, chunk
         self.query, self.key = (nn.Linear(width, heads * feature_dim, bias=False) for _ in range(2))
@@ -121,7 +121,7 @@ class BaseConv(nn.Module):
                  expand=2,  # channels per unit of width
                  ):
         super().__init__()
-        _positive(width=width, kernel=kernel, expand=expand)
+        check_sizes(width=width, kernel=kernel, expand=expand)
         self.into, self.out = nn.Linear(width, 2 * expand * width), nn.Linear(expand * width, width)
         inner = expand * width
         self.conv = nn.Conv1d(inner, inner, kernel, groups=inner, padding=kernel - 1, bias=False)
@@ -194,7 +194,7 @@ class ReadTwiceLM(nn.Module):
                  mixer="prefix_linear_attention", **options,  # of `block_lm`
                  ):
         super().__init__()
-        _positive(vocab_size=vocab_size, prefix=prefix)
+        check_sizes(vocab_size=vocab_size, prefix=prefix)
         if not 0 < share <= 1: raise ValueError(f"`share` must lie in (0, 1], got {share}")
         if weight < 0: raise ValueError(f"`weight` must be at least 0, got {weight}")
         self.vocab_size, self.prefix, self.share, self.weight = vocab_size, prefix, share, weight

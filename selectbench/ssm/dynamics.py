@@ -226,6 +226,8 @@ def soft_sort(scores, temperature=1.0) -> torch.Tensor:
 class ReorderedMamba(Mamba):
     """Mamba whose scan reads the tokens in increasing order of a learned importance (Vo et al. 2025); outputs return to
     their tokens' places. Not causal. ValueError for a `temperature` that is not positive; others as `Mamba`."""
+    causal = False
+
     def __init__(self, width, layer=0, *,
                  temperature=1.0,  # of the soft sort
                  **options):       # of `Mamba`
