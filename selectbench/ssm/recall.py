@@ -21,6 +21,7 @@ from ..core.progress import progress
 from ..nn.blocks import Attention, Mamba, Mamba2, block_config
 from ..nn.linear_attention import BaseConv, PrefixLinearAttention, TaylorAttention
 from ..zoo.lm import predict_blocks, score_blocks, train_lm
+from ..zoo.text_task import per_byte
 from ..zoo.tokenizer import Symbols, windows
 
 # %% ../../nbs/ssm/recall.ipynb #463e4877
@@ -277,8 +278,7 @@ def text_outcome(lm, texts, *, batch_size=32) -> dict:
     blocks, module = windows(texts, lm.tokenizer, lm.block), lm.model("cpu")
     scores, again = score_blocks(module, blocks, batch_size), bigram_gaps(blocks) > 0
     new = blocks.mask & ~again
-    return {"loss": float(scores.sum(dtype=np.float64) / sum(len(t.encode()) + 1 for t in texts)),
-            "repeated": float(scores[again].mean()), "new": float(scores[new].mean()),
+    return {"loss": per_byte(scores, texts), "repeated": float(scores[again].mean()), "new": float(scores[new].mean()),
             "share": float(again.sum() / blocks.mask.sum()), "state": int(module.state_size(lm.block)),
             "seconds": float(lm.curve["seconds"].iloc[-1])}
 
