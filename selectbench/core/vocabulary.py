@@ -239,7 +239,18 @@ def _scan_table():
     }
 
 
-_TABLES = _table() | _model_table() | _training_table() | _expert_table() | _scan_table()
+def _pair_table():
+    "name -> (shape, dtype, what, sampler): pairs of answers of which one is preferred."
+    f = "float32"
+    return {
+        "log_ratios": (("n",), f, "log-probability of the preferred answer less that of the other", _normal("n")),
+        "reference_log_ratios": (("n",), f, "the same under the model before tuning", _normal("n")),
+        "agreement": (("n",), f, "share of raters who prefer the first answer",
+                      lambda rng, z: rng.uniform(size=z["n"]).astype(f)),
+    }
+
+
+_TABLES = _table() | _model_table() | _training_table() | _expert_table() | _scan_table() | _pair_table()
 for _name, (_shape, _dtype, _what, _sample, *_follow) in _TABLES.items():
     _sample.__doc__ = _what
     signal(_name, _shape, _dtype, _sample, *_follow)

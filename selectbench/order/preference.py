@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['ranked_right', 'ranking_accuracy', 'reward_accuracy', 'dpo_loss', 'flip_loss', 'ipo_loss', 'ipo_flip_loss',
-           'idealised_log_ratio', 'idealised_ranking_accuracy', 'tilted', 'win_rate', 'answer_log_probs', 'train_dpo']
+           'idealised_log_ratio', 'idealised_ranking_accuracy', 'preference_ranking', 'tilted', 'win_rate',
+           'answer_log_probs', 'train_dpo']
 
 # %% ../../nbs/order/preference.ipynb #9f1716dc
 import numpy as np
+import pandas as pd
 import torch
 from scipy import special
 
 from ..core.cache import cached
 from ..core.progress import progress
+from ..core.registry import method
 
 # %% ../../nbs/order/preference.ipynb #40954c62
 def _log_probs(name, value, columns=None):
@@ -103,6 +106,24 @@ def idealised_log_ratio(reference, agreement, *,
 def idealised_ranking_accuracy(reference, agreement, *, beta=0.1, eps=1e-3) -> float:
     "Share of pairs that the exact optimum ranks right; arguments of `idealised_log_ratio`. Their corollary 3.3."
     return float((idealised_log_ratio(reference, agreement, beta=beta, eps=eps) > 0).mean())
+
+# %% ../../nbs/order/preference.ipynb #963ee276
+@method("order", kind="analysis", returns="frame", deterministic=True, key="ranking-accuracy-dpo", year=2024,
+        paper="Preference Learning Algorithms Do Not Learn Preference Rankings", url="https://arxiv.org/abs/2405.19534",
+        authors="Chen, Angelica and Malladi, Sadhika and Zhang, Lily H. and Chen, Xinyi and Zhang, Qiuyi and "
+                "Ranganath, Rajesh and Cho, Kyunghyun")
+def preference_ranking(log_ratios, reference_log_ratios, agreement, *,
+                       beta=0.1,  # of the DPO loss
+                       ) -> pd.DataFrame:
+    """One row per pair: is it ranked `right`, was it `before` tuning, is it by the exact optimum (`ideal`), has its
+    log-ratio grown (`grew`), its DPO `loss` and the loss at which it flips (`flips_at`); Chen et al. 2024.
+
+    ValueError for NaN, other lengths, `agreement` outside [0, 1], a `beta` that is not positive."""
+    now, before = (np.stack([r, np.zeros_like(r)], 1).astype(np.float64) for r in (log_ratios, reference_log_ratios))
+    ideal = idealised_log_ratio(before, agreement, beta=beta) > 0
+    return pd.DataFrame({"right": ranked_right(now), "before": ranked_right(before), "ideal": ideal,
+                         "grew": np.asarray(log_ratios) > reference_log_ratios,
+                         "loss": dpo_loss(now, before, beta=beta), "flips_at": flip_loss(before, beta=beta)})
 
 # %% ../../nbs/order/preference.ipynb #d2cd2c22
 def tilted(reference, reward, *, beta=0.1) -> np.ndarray:
