@@ -97,6 +97,8 @@ def test_sharded_test_is_students():
     t = d.mean() / d.std(ddof=1) * 3
     assert np.allclose(found, (d.mean(), t, stats.t.sf(t, 8)))
     against = sharded_test(-canonical, -shuffled)
+    both = sharded_test(np.stack([canonical, -canonical]), np.stack([shuffled, -shuffled]))
+    assert np.allclose(np.transpose(both), [found, against])
     assert np.isclose(found.p_value + against.p_value, 1)
 
 
@@ -105,8 +107,7 @@ def clean_sets(effect=0.0, sets=200, shards=8, m=19, seed=0):
     x = np.random.default_rng(seed).normal(size=(sets, shards, 1 + m))
     x[..., 0] += effect
     total = x.sum(1)
-    sharded = [sharded_test(a[:, 0], a[:, 1:]).p_value for a in x]
-    return np.stack([sharded, permutation_p_value(total[:, 0], total[:, 1:])], 1)
+    return np.stack([sharded_test(x[..., 0], x[..., 1:]).p_value, permutation_p_value(total[:, 0], total[:, 1:])], 1)
 
 
 def test_level_and_power():

@@ -37,24 +37,25 @@ def permutation_p_value(canonical, shuffled) -> np.ndarray:
 
 # %% ../../nbs/evals/exchangeability.ipynb #64ce5f36
 class ShardedTest(NamedTuple):
-    "What `sharded_test` finds."
-    gap: float        # mean over shards of canonical minus mean shuffled log-probability, nats
-    statistic: float  # Student's t of those differences
-    p_value: float    # one-sided: large gaps are evidence of contamination
+    "What `sharded_test` finds, each float64[...]."
+    gap: np.ndarray        # mean over shards of canonical minus mean shuffled log-probability, nats
+    statistic: np.ndarray  # Student's t of those differences
+    p_value: np.ndarray    # one-sided: large gaps are evidence of contamination
 
 
 def sharded_test(canonical, shuffled) -> ShardedTest:
-    """The sharded rank comparison test on log-probabilities `canonical` float[r], `shuffled` float[r, m].
+    """The sharded rank comparison test on log-probabilities `canonical` float[..., r], `shuffled` float[..., r, m].
 
     ValueError for NaN, other shapes, fewer than two shards, or the same difference in every shard, which leaves nothing
     to compare the mean with. Oren et al. 2024, section 3."""
     canonical, shuffled = _checked(canonical, shuffled)
-    if canonical.ndim != 1 or len(canonical) < 2:
+    if not canonical.ndim or canonical.shape[-1] < 2:
         raise ValueError(f"`canonical` must hold at least two shards, got shape {canonical.shape}")
-    difference = canonical - shuffled.mean(1)
-    if np.ptp(difference) == 0: raise ValueError("`canonical` differs from `shuffled` equally in every shard")
-    found = stats.ttest_1samp(difference, 0, alternative="greater")
-    return ShardedTest(float(difference.mean()), float(found.statistic), float(found.pvalue))
+    difference = canonical - shuffled.mean(-1)
+    if not np.ptp(difference, axis=-1).all():
+        raise ValueError("`canonical` differs from `shuffled` equally in every shard")
+    found = stats.ttest_1samp(difference, 0, axis=-1, alternative="greater")
+    return ShardedTest(difference.mean(-1), found.statistic, found.pvalue)
 
 # %% ../../nbs/evals/exchangeability.ipynb #7158900b
 def _concatenated(ids, orders, start):
