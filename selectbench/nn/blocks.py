@@ -131,15 +131,18 @@ class Mamba(nn.Module):
         "State of every channel and the inputs that the convolution still needs, at any length."
         return self.A_log.numel() + self.conv1d.state
 
+    def scanned(self, x, gate=None):
+        "[b, t, inner], the selective scan of inner inputs `x`, times silu of `gate` if there is one."
+        step, B, C = self.x_proj(x).split(self.parts, -1)
+        x, delta, B, C = (v.transpose(1, 2) for v in (x, F.softplus(self.dt_proj(step)), B, C))
+        gate = None if gate is None else gate.transpose(1, 2)
+        return selective_scan(x, delta, -self.A_log.exp(), B, C, self.D, gate)[0].transpose(1, 2)
+
     def forward(self, hidden):
         "[b, t, width] of `hidden` [b, t, width]."
         check_hidden(hidden)
         x, gate = self.in_proj(hidden).chunk(2, -1)
-        x = self.conv1d(x)
-        step, B, C = self.x_proj(x).split(self.parts, -1)
-        x, delta, B, C = (v.transpose(1, 2) for v in (x, F.softplus(self.dt_proj(step)), B, C))
-        y, _ = selective_scan(x, delta, -self.A_log.exp(), B, C, self.D, gate.transpose(1, 2))
-        return self.out_proj(y.transpose(1, 2))
+        return self.out_proj(self.scanned(self.conv1d(x), gate))
 
 # %% ../../nbs/nn/blocks.ipynb #03dce336
 @method("ssm", name="mamba2", kind="architecture", returns="module", year=2024, authors="Dao, Tri and Gu, Albert",

@@ -7,6 +7,8 @@ __all__ = ['EVALUATIONS', 'REGIMES', 'token_velocity', 'follow', 'predicted_regi
            'layer_regime', 'token_regime', 'DefiniteMamba', 'soft_sort', 'ReorderedMamba']
 
 # %% ../../nbs/ssm/dynamics.ipynb #81b3ee3d
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import torch
@@ -18,6 +20,7 @@ from ..core.registry import method
 from ..nn.blocks import Mamba
 from ..nn.moe import check_hidden
 from ..nn.scan import selective_scan
+from .attention import checked_scan
 
 # %% ../../nbs/ssm/dynamics.ipynb #a87a1e04
 def _system(tokens, product, step, decay):
@@ -132,26 +135,19 @@ def layer_regime(model) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 # %% ../../nbs/ssm/dynamics.ipynb #5737c2cb
+_vo = partial(method, "ssm", key="mamba-token-dynamics", year=2025, url="https://arxiv.org/abs/2410.03292",
+              paper="Demystifying the Token Dynamics of Deep Selective State Space Models",
+              authors="Vo, Thieu N. and Pham, Duy-Tung and Tong, Xin T. and Nguyen, Tan Minh")
+
+
 def _scanned(scan_input, scan_delta, scan_a, scan_b, scan_c):
     "f64[x, i], the output of the scan without its skip; ValueError that names a signal that does not fit."
-    u = np.asarray(scan_input)
-    given = {"scan_input": u, "scan_delta": scan_delta, "scan_a": scan_a, "scan_b": scan_b, "scan_c": scan_c}
-    if u.ndim != 2 or not u.size: raise ValueError(f"`scan_input` must be [positions, channels], got shape {u.shape}")
-    (x, i), h = u.shape, np.shape(scan_a)[-1:]
-    for (name, value), shape in zip(given.items(), ((x, i), (x, i), (i, *h), (x, *h), (x, *h)), strict=True):
-        if np.asarray(value).dtype.kind != "f": raise ValueError(f"`{name}` must hold floating-point numbers")
-        if np.shape(value) != shape or not h: raise ValueError(f"`{name}` must be {shape}, got {np.shape(value)}")
-        if not np.isfinite(value).all(): raise ValueError(f"`{name}` holds NaN or infinity")
-    if np.min(scan_delta) <= 0: raise ValueError("`scan_delta` must be positive: steps after softplus")
-    if np.max(scan_a) >= 0: raise ValueError("`scan_a` must be negative: decay rates")
-    u, delta, a, b, c = (torch.from_numpy(np.array(v, dtype=np.float64)) for v in given.values())
+    signals = checked_scan(scan_delta=scan_delta, scan_a=scan_a, scan_b=scan_b, scan_c=scan_c, scan_input=scan_input)
+    delta, a, b, c, u = map(torch.from_numpy, signals)
     return selective_scan(u.T[None], delta.T[None], a, b.T[None], c.T[None])[0][0].T.numpy()
 
 
-@method("ssm", kind="analysis", returns="frame", deterministic=True, key="mamba-token-dynamics", year=2025,
-        paper="Demystifying the Token Dynamics of Deep Selective State Space Models",
-        authors="Vo, Thieu N. and Pham, Duy-Tung and Tong, Xin T. and Nguyen, Tan Minh",
-        url="https://arxiv.org/abs/2410.03292")
+@_vo(kind="analysis", returns="frame", deterministic=True)
 def token_regime(scan_input, scan_delta, scan_a, scan_b, scan_c) -> pd.DataFrame:
     """A row per channel of a layer on one text: `growth`, the rate sum(x y) / sum(x^2) at which its tokens grow under
     the layer's scan; `outward`, the share of tokens that it pushes away from zero; `slope`, the correlation of step and
@@ -189,10 +185,7 @@ class _SignedProjection(nn.Module):
     def forward(self, x): return F.linear(x, self.weight)
 
 
-@method("ssm", kind="architecture", returns="module", key="mamba-token-dynamics", year=2025,
-        paper="Demystifying the Token Dynamics of Deep Selective State Space Models",
-        authors="Vo, Thieu N. and Pham, Duy-Tung and Tong, Xin T. and Nguyen, Tan Minh",
-        url="https://arxiv.org/abs/2410.03292")
+@_vo(kind="architecture", returns="module")
 class DefiniteMamba(Mamba):
     """Mamba whose product S_C^T S_B is symmetric, with the signs of eigenvalues that are asked for (Vo et al. 2025).
 
@@ -219,10 +212,7 @@ def soft_sort(scores, temperature=1.0) -> torch.Tensor:
     return (-apart.abs() / temperature).softmax(-1)
 
 
-@method("ssm", kind="architecture", returns="module", key="mamba-token-dynamics", year=2025,
-        paper="Demystifying the Token Dynamics of Deep Selective State Space Models",
-        authors="Vo, Thieu N. and Pham, Duy-Tung and Tong, Xin T. and Nguyen, Tan Minh",
-        url="https://arxiv.org/abs/2410.03292")
+@_vo(kind="architecture", returns="module")
 class ReorderedMamba(Mamba):
     """Mamba whose scan reads the tokens in increasing order of a learned importance (Vo et al. 2025); outputs return to
     their tokens' places. Not causal. ValueError for a `temperature` that is not positive; others as `Mamba`."""
@@ -251,8 +241,4 @@ class ReorderedMamba(Mamba):
         x, gate = self.in_proj(hidden).chunk(2, -1)
         x = self.conv1d(x)
         order = self.order(x)
-        x = order @ x
-        step, B, C = self.x_proj(x).split(self.parts, -1)
-        x, delta, B, C = (v.transpose(1, 2) for v in (x, F.softplus(self.dt_proj(step)), B, C))
-        y, _ = selective_scan(x, delta, -self.A_log.exp(), B, C, self.D)
-        return self.out_proj(order.mT @ y.transpose(1, 2) * F.silu(gate))
+        return self.out_proj(order.mT @ self.scanned(order @ x) * F.silu(gate))

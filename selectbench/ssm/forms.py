@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.registry import method
+from ..nn.blocks import check_sizes
 from ..nn.moe import check_hidden
+from .attention import checked_scan
 
 # %% ../../nbs/ssm/forms.ipynb #5509530a
 @dataclass(frozen=True)
@@ -158,8 +160,7 @@ class QLSTM(nn.Module):
         super().__init__()
         if transition not in ("sigmoid", "reversed"):
             raise ValueError(f"`transition` must be 'sigmoid' or 'reversed', got {transition!r}")
-        for name, size in (("width", width), ("expand", expand), ("conv", conv)):
-            if size < 1: raise ValueError(f"`{name}` must be at least 1, got {size}")
+        check_sizes(width=width, expand=expand, conv=conv)
         inner = expand * width
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
         self.conv1d = nn.Conv1d(inner, inner, conv, groups=inner, padding=conv - 1)
@@ -241,15 +242,7 @@ def transition_spectrum(scan_delta, scan_a) -> pd.DataFrame:
     delta A, and `memory`, the tokens in which the most lasting one falls by e on average (Sieber et al. 2024).
 
     ValueError for steps that are not positive, decay rates that are not negative, NaN, or shapes that do not fit."""
-    for name, value in (("scan_delta", scan_delta), ("scan_a", scan_a)):
-        if np.ndim(value) != 2 or not np.size(value):
-            raise ValueError(f"`{name}` must be a matrix, got shape {np.shape(value)}")
-        if np.asarray(value).dtype.kind != "f": raise ValueError(f"`{name}` must hold floating-point numbers")
-        if not np.isfinite(value).all(): raise ValueError(f"`{name}` holds NaN or infinity")
-    delta, a = np.asarray(scan_delta, dtype=np.float64), np.asarray(scan_a, dtype=np.float64)
-    if delta.shape[1] != len(a): raise ValueError(f"`scan_a` must have {delta.shape[1]} rows, got {len(a)}")
-    if delta.min() <= 0: raise ValueError("`scan_delta` must be positive: steps after softplus")
-    if a.max() >= 0: raise ValueError("`scan_a` must be negative: decay rates")
+    delta, a = checked_scan(scan_delta=scan_delta, scan_a=scan_a)
     kept = np.exp(delta[..., None] * a)
     return pd.DataFrame({"channel": np.arange(len(a)), "low": kept.min((0, 2)), "mean": kept.mean((0, 2)),
                          "high": kept.max((0, 2)), "memory": 1 / (delta.mean(0) * np.abs(a).min(1))})

@@ -22,7 +22,7 @@ from ..core.policy import Blocks
 from ..core.progress import progress
 from ..core.registry import method
 from ..nn.scan import SCANS, rebound
-from .attention import BLOCK, _checked, _mambas, _one_sequence, _pieces, token_attribution
+from .attention import BLOCK, _mambas, _one_sequence, _pieces, checked_scan, token_attribution
 
 # %% ../../nbs/ssm/relevance.ipynb #e9583f42
 RULES = ("scan", "silu", "gate", "norm")
@@ -219,10 +219,9 @@ def scan_relevance(scan_input, scan_delta, scan_a, scan_b, scan_c, *,
     together, so that it sums to that output; `absolute`, the sum of absolute values (Rezaei Jafari et al. 2024).
 
     ValueError for steps that are not positive, decay rates that are not negative, NaN, shapes that do not fit."""
-    delta, a, b, c = _checked(scan_delta, scan_a, scan_b, scan_c)
-    u, x = np.asarray(scan_input, dtype=np.float64), len(delta)
-    if u.shape != delta.shape or not np.isfinite(u).all():
-        raise ValueError(f"`scan_input` must be {delta.shape} finite numbers, as `scan_delta` is, got {u.shape}")
+    delta, a, b, c, u = checked_scan(scan_delta=scan_delta, scan_a=scan_a, scan_b=scan_b, scan_c=scan_c,
+                                     scan_input=scan_input)
+    x = len(u)
     relevance, absolute = np.zeros((x, x)), np.zeros((x, x))
     for own, rows, alpha in _pieces(delta, a, b, c, np.arange(u.shape[1]), block):
         relevance[rows, :rows.stop] += np.einsum("krj,jk->rj", alpha, u[:rows.stop, own])
