@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from selectbench.evals.exchangeability import (
+    contamination,
     contamination_test,
     permutation_p_value,
     sequence_log_probs,
@@ -171,3 +172,13 @@ def test_a_memorised_order_is_found():
 ])
 def test_bad_input(call, name):
     with pytest.raises(ValueError, match=f"`{name}`"): call()
+
+
+def test_analysis_reads_the_numbers_alone():
+    found = np.random.default_rng(0).normal(size=(5, 8))
+    row = contamination(found).iloc[0]
+    assert row[["gap", "p_value"]].tolist() == [sharded_test(found[:, 0], found[:, 1:])[i] for i in (0, 2)]
+    rank = 1 + (found[:, 1:].sum(0) >= found[:, 0].sum()).sum()
+    assert row.permutation_p_value == rank / 8 and row.shards == 5 and row.permutations == 7
+    for bad in (found[:1], found[:, :1]):
+        with pytest.raises(ValueError, match="`shard_log_probs`"): contamination(bad)

@@ -240,13 +240,15 @@ def _scan_table():
 
 
 def _pair_table():
-    "name -> (shape, dtype, what, sampler): pairs of answers of which one is preferred."
+    "name -> (shape, dtype, what, sampler): log-probabilities, of answers of which one is preferred and of orders."
     f = "float32"
     return {
         "log_ratios": (("n",), f, "log-probability of the preferred answer less that of the other", _normal("n")),
         "reference_log_ratios": (("n",), f, "the same under the model before tuning", _normal("n")),
         "agreement": (("n",), f, "share of raters who prefer the first answer",
                       lambda rng, z: rng.uniform(size=z["n"]).astype(f)),
+        "shard_log_probs": (("b", "w"), f, "log-probability of each shard of a test set: as published, then shuffled",
+                            _normal("b", "w")),
     }
 
 
@@ -257,7 +259,8 @@ for _name, (_shape, _dtype, _what, _sample, *_follow) in _TABLES.items():
 
 # %% ../../nbs/core/vocabulary.ipynb #4b38c9da
 SIZES = {"n": 40, "q": 11, "m": 7, "c": 3, "d": 6, "p": 13, "t": 5, "s": 8, "z": 4, "g": 9, "u": 12, "j": 2,
-         "r": 10, "e": 14, "a": 2, "f": 15, "l": 16, "x": 17, "i": 18, "h": 19}
+         "r": 10, "e": 14, "a": 2, "f": 15, "l": 16, "x": 17, "i": 18, "h": 19,
+         "b": 20, "w": 21}
 
 
 def sample_signals(names, seed=0, **sizes):

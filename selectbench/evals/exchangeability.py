@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['permutation_p_value', 'ShardedTest', 'sharded_test', 'strided_windows', 'sequence_log_probs', 'shard_orders',
-           'contamination_test']
+           'shard_log_probs', 'contamination', 'contamination_test']
 
 # %% ../../nbs/evals/exchangeability.ipynb #2a285ca9
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from ..core.policy import Blocks
+from ..core.registry import method
 from ..zoo.lm import score_blocks
 
 # %% ../../nbs/evals/exchangeability.ipynb #b3587d3e
@@ -31,7 +32,7 @@ def permutation_p_value(canonical, shuffled) -> np.ndarray:
     """float64[...]: the share of orders, the canonical one among them, that are at least as likely as that one.
 
     `canonical` float[...]: log-probability in the canonical order; `shuffled` float[..., m]: in m random orders.
-    ValueError for NaN or other shapes. Oren et al. 2024, section 3."""
+    ValueError for NaN or other shapes. Oren et al. 2023."""
     canonical, shuffled = _checked(canonical, shuffled)
     return (1 + (shuffled >= canonical[..., None]).sum(-1)) / (1 + shuffled.shape[-1])
 
@@ -47,7 +48,7 @@ def sharded_test(canonical, shuffled) -> ShardedTest:
     """The sharded rank comparison test on log-probabilities `canonical` float[..., r], `shuffled` float[..., r, m].
 
     ValueError for NaN, other shapes, fewer than two shards, or the same difference in every shard, which leaves nothing
-    to compare the mean with. Oren et al. 2024, section 3."""
+    to compare the mean with. Oren et al. 2023."""
     canonical, shuffled = _checked(canonical, shuffled)
     if not canonical.ndim or canonical.shape[-1] < 2:
         raise ValueError(f"`canonical` must hold at least two shards, got shape {canonical.shape}")
@@ -132,7 +133,7 @@ def shard_orders(n, shards, permutations, seed=0) -> list:
             for part in np.array_split(np.arange(n), shards)]
 
 
-def contamination_test(
+def shard_log_probs(
     model,  # as for `sequence_log_probs`
     items,  # n strings in their canonical order
     *,
@@ -140,17 +141,34 @@ def contamination_test(
     permutations=250,  # m, for each shard
     stride=None, device="cpu",
     seed=0,  # of the shuffles
-) -> pd.DataFrame:
-    """One row: was `items`, in this order, in the training text of `model`? Oren et al. 2024.
+) -> np.ndarray:
+    """float64[r, 1 + m], nats: log-probability of each shard, in its canonical order and then in shuffles of it.
 
-    `gap` (nats, mean over shards), `statistic` and `p_value` of the sharded test; `permutation_p_value` of the sums
-    over shards; `shards`, `permutations`. Small p values speak for contamination, if the items are exchangeable.
     ValueError as `sequence_log_probs` and for fewer than two shards, or two items a shard."""
     if shards < 2: raise ValueError(f"`shards` must be at least 2, got {shards}")
     parts = shard_orders(len(items), shards, permutations, seed)
     found = sequence_log_probs(model, items, [o for part in parts for o in part], stride=stride, device=device)
-    found = found.reshape(shards, 1 + permutations)
-    total = found.sum(0)
-    row = sharded_test(found[:, 0], found[:, 1:])._asdict()
-    row |= {"permutation_p_value": float(permutation_p_value(total[0], total[1:]))}
-    return pd.DataFrame([row | {"shards": shards, "permutations": permutations}])
+    return found.reshape(shards, 1 + permutations)
+
+
+@method("evals", kind="analysis", returns="frame", deterministic=True, key="test-set-contamination-permutation",
+        paper="Proving Test Set Contamination in Black Box Language Models", year=2023,
+        authors="Oren, Yonatan and Meister, Nicole and Chatterji, Niladri and Ladhak, Faisal and Hashimoto, Tatsunori B.",
+        url="https://arxiv.org/abs/2310.17623")
+def contamination(shard_log_probs) -> pd.DataFrame:
+    """One row: was a test set, in its published order, in the training text of a model? Oren et al. 2023.
+
+    `gap` (nats, mean over shards), `statistic` and `p_value` of the sharded test; `permutation_p_value` of the sums
+    over shards; `shards`, `permutations`. Small p values speak for contamination, if the items are exchangeable.
+    ValueError for fewer than two shards, no shuffle, or a gap that is the same in every shard."""
+    if min(shard_log_probs.shape) < 2:
+        raise ValueError(f"`shard_log_probs` must have two shards and two orders at least, got {shard_log_probs.shape}")
+    canonical, shuffled = shard_log_probs[:, 0], shard_log_probs[:, 1:]
+    row = sharded_test(canonical, shuffled)._asdict()
+    row["permutation_p_value"] = float(permutation_p_value(canonical.sum(dtype=np.float64), shuffled.sum(0)))
+    return pd.DataFrame([row | {"shards": len(canonical), "permutations": shuffled.shape[1]}])
+
+# %% ../../nbs/evals/exchangeability.ipynb #6d3007d5
+def contamination_test(model, items, **how) -> pd.DataFrame:
+    "`contamination` of the `shard_log_probs` of a `model` for `items`, with the options `how` of those. Errors as both."
+    return contamination(shard_log_probs(model, items, **how))
