@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from selectbench.core.registry import methods
-from selectbench.report.atlas import STATUSES, atlas_frame, atlas_rows
+from selectbench.report.atlas import STATUSES, atlas_alt, atlas_counts, atlas_field, atlas_frame, atlas_rows
 
 ATLAS = atlas_frame()
 
@@ -50,3 +50,19 @@ def test_the_table_loads_neither_torch_nor_matplotlib():
     code = ("import sys; from selectbench.report.atlas import atlas_frame; atlas_frame('data'); "
             "sys.exit(bool({'torch', 'matplotlib'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_picture_counts_every_paper_once():
+    field, placed = atlas_field(), ATLAS[ATLAS["family"] != "none"]
+    here = placed[placed["methods"].str.len() > 0]
+    assert field["papers"].sum(axis=1).to_dict() == placed["family"].value_counts().to_dict()
+    assert field["here"].to_numpy().sum() == len(here) and (field["here"] <= field["papers"]).all(axis=None)
+    reads = {c["name"] for c in methods.published() if "embeddings" in c["signals"]}
+    assert field["signals"]["embeddings"].sum() == sum(bool(reads & set(names)) for names in here["methods"])
+    assert f"model {field['here'].loc['model'].sum()} of {(placed['family'] == 'model').sum()}" in atlas_alt()
+
+
+def test_the_sentence_counts_what_is_registered():
+    said, counts = atlas_counts(), ATLAS["status"].value_counts()
+    assert f"**{len(ATLAS)} papers**" in said and f"**{counts['works']} work here**" in said
+    assert f"{len(methods.published())} names" in said

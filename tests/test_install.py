@@ -16,5 +16,6 @@ def test_wheel_holds_the_index_the_manifest_and_the_command(tmp_path):
         names = set(z.namelist())
         entry, = [n for n in names if n.endswith("entry_points.txt")]
         assert "selectbench = selectbench.report.cli:main" in z.read(entry).decode()
-    here = {str(p.relative_to(ROOT)) for p in (ROOT / "selectbench").rglob("*") if p.suffix in (".py", ".json", ".jsonl", ".csv")}
+    kinds = (".py", ".json", ".jsonl", ".csv")
+    here = {str(p.relative_to(ROOT)) for p in (ROOT / "selectbench").rglob("*") if p.suffix in kinds}
     assert here <= names and "selectbench/index.json" in names and "selectbench/pools/manifest.csv" in names
