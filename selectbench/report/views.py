@@ -141,7 +141,7 @@ def _blocks(results, choice):
     cell = table.groupby(["task", "seed", "method", "budget"])["value"].mean().unstack(["budget"])
     shared = cell.loc[:, cell.notna().any()]
     wanted = {task: t["budget"].nunique() for task, t in table.groupby("task")}
-    full = shared.notna().sum(1) == shared.index.get_level_values("task").map(wanted)
+    full = shared.notna().sum(axis=1) == shared.index.get_level_values("task").map(wanted)
     wide = shared.mean(axis=1).where(full).unstack("method")
     return wide.dropna(axis=1), [m for m in wide if wide[m].isna().any()]
 
