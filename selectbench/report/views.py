@@ -61,7 +61,7 @@ def curves_figure(results, **choice):
     "A panel per pool: worth against budget with 95 % intervals. `choice`: arguments of `chosen`."
     table = chosen(results, **choice)
     pools = list(table["task"].unique())
-    fig, axes = plt.subplots(1, len(pools), figsize=(max(6.2, 4.6 * len(pools)), 3.9), squeeze=False,
+    fig, axes = plt.subplots(1, len(pools), figsize=(max(4.9, 4.3 * len(pools)), 3.7), squeeze=False,
                              layout="constrained")
     for ax, pool in zip(axes[0], pools, strict=True):
         curves(summarise(table[table["task"] == pool]), ax=ax, title=pool)
@@ -167,7 +167,7 @@ def ranking(results, level=0.05, **choice) -> pd.DataFrame:
 def ranking_figure(ranks):
     """Mean ranks from `ranking`, each with half a critical difference to either side: bars that do not meet are told
     apart. Filled: not told apart from the first."""
-    fig, ax = plt.subplots(figsize=(5.6, 1.2 + .3 * len(ranks)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(3.7, 1.3 + .3 * len(ranks)), layout="constrained")
     cd, y = ranks.attrs["cd"], np.arange(len(ranks))
     best = ranks["with_best"].to_numpy()
     for part, edge, face in ((best, WIN, WIN), (~best, TIE, "none")):
@@ -176,9 +176,9 @@ def ranking_figure(ranks):
     ax.axvline(ranks["mean_rank"].iloc[0] + cd / 2, color="0.5", ls=":", lw=1)
     ax.set_yticks(y, ranks["method"]); ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set(xlabel="mean rank, 1 is best", title=f"{ranks.attrs['blocks']} blocks, critical difference {cd:.2f}, "
-           f"Friedman p = {ranks.attrs['p']:.2g}")
-    ax.title.set_fontsize(10)
+    ax.set(xlabel="mean rank, 1 is best")
+    ax.set_title(f"critical difference {cd:.2f} with {ranks.attrs['blocks']} blocks\n"
+                 f"Friedman p = {ranks.attrs['p']:.2g}", fontsize=9)
     return fig
 
 # %% ../../nbs/report/views.ipynb #433a22cb
