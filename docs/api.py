@@ -171,7 +171,7 @@ def member(module, name, kind, node, link):
     return directive(kind, name + signature(node, drop_self=bound), [doc(node, link), table(rows), returns(node, link)])
 
 
-def class_entry(module, name, node, link):
+def class_entry(module, name, node, link, extra=""):
     "A class: constructor, fields or parameters, public members."
     fields = attributes(module, node)
     start = next((item for item in node.body if isinstance(item, DEF) and item.name == "__init__"), None)
@@ -181,12 +181,12 @@ def class_entry(module, name, node, link):
         rows = [(n, t, "..." if d.startswith("field(") else d, about) for n, t, d, about in fields]
         head = "(" + ", ".join(f"{n}={d}" if d else n for n, _, d, _ in rows) + ")"
     members = [member(module, *row, link) for row in module.members(name, node)]
-    return directive("class", name + head, [doc(node, link), table(rows), *members], ticks=4)
+    return directive("class", name + head, [doc(node, link), extra, table(rows), *members], ticks=4)
 
 
 def entry(module, name, node, link, extra="", known=None):
     "The reference entry of one public name; `known` gives (type, note) for parameters that carry none."
-    if isinstance(node, ast.ClassDef): return class_entry(module, name, node, link)
+    if isinstance(node, ast.ClassDef): return class_entry(module, name, node, link, extra)
     if isinstance(node, DEF):
         fill = lambda row: (known or {}).get(row[0], ("", ""))
         rows = [(row[0], row[1] or fill(row)[0], row[2], row[3] or fill(row)[1]) for row in parameters(module, node)]

@@ -2,7 +2,9 @@
 
     python docs/build.py site      nbs/ -> build/site (what Sphinx reads) -> _docs/
     python docs/build.py readme    nbs/index.ipynb -> README.md
-    python docs/build.py links     every link and anchor of _docs/ resolves
+    python docs/build.py links     every page of _docs/ is sound: links resolve and are relative, images have words and
+                                   a size, headings are in order, nothing is loaded from elsewhere
+    python docs/build.py tour      run the tour's studies, write figures/tour.csv, which the home page shows
 """
 
 import ast
@@ -11,11 +13,13 @@ import re
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import api
+import atlas_page
+import finish
 from cells import heading, readable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,19 +118,39 @@ def write_site():
     "Everything Sphinx reads, in build/site; what is no longer made is removed."
     modules = {name: api.Module(name, path) for name, path in api.modules().items()}
     names, books, rows = Names(modules), notebooks(), catalogue()
-    made = {write(SOURCE / place, json.dumps(readable(nb, fix_links(place, names)), sort_keys=True, indent=1))
+    made = {write(SOURCE / place, json.dumps(page_of(place, nb, names, rows), sort_keys=True, indent=1))
             for place, nb in books.items()}
     made |= {write(SOURCE / f"{room}.md", room_page(room, what, books)) for room, what in ROOMS.items()
              if any(place.startswith(f"{room}/") for place in books)}
-    made |= write_reference(modules, names, rows)
-    made |= {write(SOURCE / "methods.md", methods_page(rows, names, books)),
+    used = usage(rows, books, modules)
+    made |= write_reference(modules, names, rows, books, used)
+    made |= {write(SOURCE / "methods.md", methods_page(rows, names, books, used)),
              write(SOURCE / "reports.md", reports_page(books)), write(SOURCE / "rooms.md", rooms_page(books)),
+             write(SOURCE / "atlas.md", atlas_page.page(modules, books)),
              write(SOURCE / "contributing.md", contributing_page())}
     if "index.ipynb" not in books: made.add(write(SOURCE / "index.md", f"# selectbench\n\n{contents(books)}"))
     else: made.add(write(SOURCE / "index.ipynb", with_contents(SOURCE / "index.ipynb", books)))
     for path in SOURCE.rglob("*"):
         if path.is_file() and path not in made and "figures" not in path.parts: path.unlink()
+    atlas_page.picture(SOURCE / "figures" / "atlas.png")
     if (ROOT / "figures").exists(): shutil.copytree(ROOT / "figures", SOURCE / "figures", dirs_exist_ok=True)
+
+
+def page_of(place, nb, names, rows):
+    "A notebook as a page: computed counts made anew, a report with the methods that it runs."
+    made = readable(counted(nb), fix_links(place, names))
+    if place.startswith("reports/"): made["cells"] += ran_cells(nb, rows, names)
+    return made
+
+
+def counted(nb):
+    "A copy of a notebook in which cells that say how many papers and methods there are say it of today."
+    from selectbench.report.atlas import atlas_counts
+    nb = deepcopy(nb)
+    for cell in nb["cells"]:
+        if not "".join(cell["source"]).rstrip().endswith("Markdown(atlas_counts())"): continue
+        for out in cell["outputs"]: out["data"]["text/markdown"] = [atlas_counts()]
+    return nb
 
 
 def fix_links(place, names):
@@ -148,7 +172,7 @@ def fix_links(place, names):
 def contents(books):
     "The site's sections, as Sphinx wants them."
     start = ["start"] if "start.ipynb" in books else []
-    pages = "\n".join([*start, "reports", "methods", "rooms", "api", "contributing"])
+    pages = "\n".join([*start, "reports", "methods", "atlas", "rooms", "api", "contributing"])
     return f"```{{toctree}}\n:hidden:\n:maxdepth: 3\n\n{pages}\n```\n"
 
 
@@ -202,10 +226,11 @@ def contributing_page():
 # The reference
 
 
-def write_reference(modules, names, rows):
+def write_reference(modules, names, rows, books, used):
     "A page per module and the list of them."
     facts = {}
-    for row in rows: facts.setdefault(module_of(row), {})[entry_of(row, modules)] = fact(row)
+    for row in rows:
+        facts.setdefault(module_of(row), {})[entry_of(row, modules)] = fact(row, books, used.get(row["name"]))
     known, made, listed = known_signals(), set(), {}
     for name, module in modules.items():
         place = "/".join(name.split(".")[1:])
@@ -257,11 +282,20 @@ def paper(row):
     return f"[{title}]({url})" if isinstance(url, str) and url.startswith("http") else title
 
 
-def fact(row):
-    "One line about a method: family, form of its answer, paper."
+def fact(row, books, reports):
+    "What a method's entry says of it: family, form of its answer, paper, and the pages that show it."
     year = f" ({row['year']:.0f})" if row.get("year") == row.get("year") and row.get("year") else ""
-    return (f"*{row['family']}* {row['kind']}, returns a {row['returns']}. {paper(row)}{year}. "
-            "[All methods](/methods.md)")
+    atlas = f', <a href="{up_from(row)}atlas.html#paper-{row["key"]}">in the atlas</a>' if has_key(row) else ""
+    lines = [f"*{row['family']}* {row['kind']}, returns a {row['returns']}.", f"**Paper** {paper(row)}{year}{atlas}"]
+    if own_notebook(row) in books: lines.append(f"**Notebook** {page_links([own_notebook(row)], books, '/')}")
+    if reports: lines.append(f"**Reports** {page_links(reports, books, '/')}")
+    return " \\\n".join(lines)
+
+
+def has_key(row): return isinstance(row.get("key"), str) and bool(row["key"])
+
+
+def up_from(row): return "../" * module_of(row).count(".")
 
 
 def words(value):
@@ -270,28 +304,83 @@ def words(value):
     return ", ".join(f"`{v}`" for v in found if v)
 
 
-def shown(row, books):
-    "Links to the notebook that defines a method and to the reports that use it."
-    own = module_of(row).removeprefix("selectbench.").replace(".", "/") + ".ipynb"
-    places = [own] if own in books else []
-    quoted = re.compile(rf"[\"']{re.escape(row['name'])}[\"']|\b{re.escape(row['name'])}\(")
-    places += [place for place in inside("reports", books)
-               if any(quoted.search("".join(c["source"])) for c in books[place]["cells"] if c["cell_type"] == "code")]
-    return ", ".join(f"[{heading(books[place])[0] or place}]({place})" for place in places)
+def own_notebook(row):
+    "The notebook that defines a method, as a path below nbs/."
+    return module_of(row).removeprefix("selectbench.").replace(".", "/") + ".ipynb"
 
 
-def methods_page(rows, names, books):
+def page_links(places, books, base=""):
+    return ", ".join(f"[{heading(books[place])[0] or place}]({base}{place})" for place in places)
+
+
+def runs(nb):
+    "Words that a notebook may run something by: those it imports from the package, and those it quotes or tabulates."
+    code = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code")
+    taken = re.findall(r"from selectbench[\w.]* import ([^\n(]+|\([^)]*\))", code)
+    taken += re.findall(r"\bmethods\[[\"'](\w+)", code)
+    shown = ["".join(out["data"].get("text/html", "")) for cell in nb["cells"] for out in cell.get("outputs", [])
+             if "data" in out]
+    bodies = re.sub(r"(?s)<thead.*?</thead>", "", "".join(shown))
+    rows = re.findall(r"<t[hd][^>]*>\s*(\w+)(?:\([^<]*\))?\s*</t[hd]>", bodies)
+    return set(re.findall(r"\w+", " ".join(taken))), {*re.findall(r"[\"'](\w+)[\"']", code), *rows}
+
+
+def ran(nb, rows, modules):
+    """The methods that a notebook runs, in the order of the list of methods.
+
+    One that is merely named, and alone of its family, is a word like `entropy` that happens to be a method's name."""
+    taken, named = runs(nb)
+    sure = {row["name"] for row in rows if {row["name"], entry_of(row, modules)} & taken}
+    maybe = [row for row in rows if row["name"] in named or row["name"] in sure]
+    many = lambda row: sum(other["family"] == row["family"] for other in maybe) > 1
+    return [row for row in by_family(maybe) if row["name"] in {*sure, "random", "everything"} or many(row)]
+
+
+def usage(rows, books, modules):
+    "Method -> the reports that run it."
+    found = {}
+    for place in inside("reports", books):
+        for row in ran(books[place], rows, modules): found.setdefault(row["name"], []).append(place)
+    return found
+
+
+def ran_cells(nb, rows, names):
+    "The last section of a report: the methods that it runs, with their papers."
+    summary = lambda row: names.link(row["summary"].replace("|", "\\|"))
+    lines = [f"| {reference(row, names)} | {row['family']} | {paper(row)} | {summary(row)} |"
+             for row in ran(nb, rows, names.modules)]
+    text = ("## Methods in this report\n\n| Method | Family | Paper | What it does |\n| --- | --- | --- | --- |\n"
+            + "\n".join(lines))
+    return [{"cell_type": "markdown", "id": "methods-here", "metadata": {}, "source": text}] if lines else []
+
+
+def by_family(rows):
+    return sorted(rows, key=lambda r: (list(ROOMS).index(r["family"]) if r["family"] in ROOMS else 99, r["name"]))
+
+
+def reference(row, names):
+    "A method's name as a link to its entry."
+    place = f"{module_of(row)}.{entry_of(row, names.modules)}"
+    return f"{{py:obj}}`{row['name']} <{place}>`" if place in names.full else f"`{row['name']}`"
+
+
+def shown(row, books, used):
+    "Links to the notebook that defines a method and to the reports that run it."
+    own = own_notebook(row)
+    return page_links([own] * (own in books) + used.get(row["name"], []), books)
+
+
+def methods_page(rows, names, books, used):
     "Every method with paper, family, signals and where it is shown."
     lines = ["| Method | Family | Kind | Returns | Signals | Paper | Shown in | Key | Module |", "|" + " --- |" * 9]
-    for row in sorted(rows, key=lambda r: (list(ROOMS).index(r["family"]) if r["family"] in ROOMS else 99, r["name"])):
-        place = f"{module_of(row)}.{entry_of(row, names.modules)}"
-        name = f"{{py:obj}}`{row['name']} <{place}>`" if place in names.full else f"`{row['name']}`"
-        key = f"`{row['key']}`" if isinstance(row.get("key"), str) and row["key"] else ""
+    for row in by_family(rows):
+        name = reference(row, names)
+        key = f'<a href="atlas.html#paper-{row["key"]}">{row["key"]}</a>' if has_key(row) else ""
         module = f"{{py:mod}}`{module_of(row).removeprefix('selectbench.')} <{module_of(row)}>`"
         lines.append("| " + " | ".join([name, row["family"], row["kind"], row["returns"], words(row["signals"]),
-                                        paper(row), shown(row, books), key, module]) + " |")
+                                        paper(row), shown(row, books, used), key, module]) + " |")
     head = (f"# Methods\n\n{len(rows)} methods are registered. Each passes the same conformance checks; *signals* are "
-            "what it must be given, *key* is its row in the atlas of papers.\n\n")
+            "what it must be given, *key* is its row in the [atlas of papers](atlas.md).\n\n")
     return head + ("```{table}\n:class: catalogue\n:align: left\n\n" + "\n".join(lines) + "\n```\n" if rows else "")
 
 
@@ -309,6 +398,7 @@ def site():
         sys.exit("the site has warnings")
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.copytree(BUILD / "html", PAGES)
+    finish.finish(PAGES)
     links()
 
 
@@ -342,7 +432,7 @@ def readme_text():
     "README.md as nbs/index.ipynb says it: the same filter, links as seen from the root."
     import nbformat
     from nbconvert import MarkdownExporter
-    nb = readable(json.loads((NBS / "index.ipynb").read_text(encoding="utf-8")))
+    nb = readable(counted(json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))))
     nb["cells"] = [cell for cell in nb["cells"] if "remove-cell" not in cell["metadata"].get("tags", [])]
     for cell in nb["cells"]:
         if cell["cell_type"] != "code": continue
@@ -359,49 +449,32 @@ def readme_text():
     return f"<!-- Written by `make export` from nbs/index.ipynb: edit that. -->\n\n{text}\n"
 
 
-def readme(): write(ROOT / "README.md", readme_text())
-
-
-class Page(HTMLParser):
-    "The anchors of a page and where it points."
-
-    def __init__(self, text):
-        super().__init__()
-        self.anchors, self.points = set(), []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        if attrs.get("id"): self.anchors.add(attrs["id"])
-        if tag == "a" and attrs.get("name"): self.anchors.add(attrs["name"])
-        for name in ("href", "src"):
-            if attrs.get(name): self.points.append(attrs[name])
+def readme():
+    "README, and before it the computed counts in the notebook that it is made from."
+    path = NBS / "index.ipynb"
+    nb = counted(json.loads(path.read_text(encoding="utf-8")))
+    write(path, json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+    write(ROOT / "README.md", readme_text())
 
 
 def broken_links(folder=PAGES):
     "Every (page, link) of a built site that leads to no file or to no anchor."
-    pages = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).rglob("*.html"))
-             if "_static" not in path.relative_to(folder).parts}
-    broken = []
-    for path, page in pages.items():
-        for point in page.points:
-            parts = urlsplit(point)
-            if parts.scheme or parts.netloc: continue
-            goal = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            if goal.is_dir(): goal = goal / "index.html"
-            anchor = unquote(parts.fragment)
-            lost = anchor and goal in pages and anchor not in pages[goal].anchors and "search.html" not in point
-            if not goal.exists() or lost: broken.append((path.relative_to(folder).as_posix(), point))
-    return broken
+    return [(page, wrong.removeprefix("broken link ")) for page, wrong in finish.faults(folder)
+            if wrong.startswith("broken link ")]
 
 
 def links():
-    broken = broken_links()
-    for page, point in broken: print(f"{page}: broken link {point}", file=sys.stderr)
-    if broken: sys.exit(f"{len(broken)} broken links")
+    found = finish.faults(PAGES)
+    for page, wrong in found: print(f"{page}: {wrong}", file=sys.stderr)
+    if found: sys.exit(f"{len(found)} faults in the site")
+
+
+def tour():
+    import tour as table
+    table.write()
 
 
 if __name__ == "__main__":
-    commands = {"site": site, "readme": readme, "links": links}
+    commands = {"site": site, "readme": readme, "links": links, "tour": tour}
     if len(sys.argv) != 2 or sys.argv[1] not in commands: sys.exit(__doc__)
     commands[sys.argv[1]]()

@@ -11,6 +11,7 @@ TAGS = {
     ("code-fold", "true"): "hide-input", ("code-fold", "show"): "hide-input",
 }
 EXPORTS = {"export", "exports", "exporti", "export_and_show"}
+ALT = 240  # characters of a figure's text where none is given
 LONG = 30  # an exported cell with more lines than this is folded on the page
 LIVE = ("application/vnd.jupyter", "application/javascript", "application/vnd.holoviews")
 
@@ -20,7 +21,7 @@ def split(source):
     lines, found = source.splitlines(), []
     for i, line in enumerate(lines):
         match = DIRECTIVE.match(line)
-        if match: found.append((match[1], match[2].lower()))
+        if match: found.append((match[1], match[2] if match[1] == "fig-alt" else match[2].lower()))
         elif line.strip(): return found, "\n".join(lines[i:])
     return found, ""
 
@@ -37,7 +38,37 @@ def static(outputs):
     return kept
 
 
-def code_cell(cell):
+def plain(markdown):
+    "Markdown as plain words: no code blocks, tables, headings, links or marks."
+    text = re.sub(r"(?m)^(\|.*|#+ .*|> )$", "", re.sub(r"(?ms)^```.*?^```|\$\$.*?\$\$", "", markdown))
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    return re.sub(r"\s+", " ", re.sub(r"[*`$]|(?<!\w)_|_(?!\w)|<[^>]+>", "", text)).strip()
+
+
+def words_for(heading, before):
+    "The text of an image: the section it stands in and the last paragraph before it, cut at a sentence."
+    last = plain([part for part in re.split(r"\n\s*\n", before.strip()) if plain(part)][-1]) if plain(before) else ""
+    sentences, text = re.split(r"(?<=[.:?!]) ", last), ""
+    for sentence in sentences:
+        if len(text) + len(sentence) > ALT: break
+        text = f"{text} {sentence}".strip()
+    return f"Figure, {heading}: {text or last[:ALT]}".rstrip(": ") if heading else f"Figure: {text or last[:ALT]}"
+
+
+def axes(source):
+    "What a cell writes on the axes it draws, as words; empty where it writes nothing plain."
+    found = re.findall(r"""\b(?:set_)?[xy]label(?:=|\()\s*["']([^"'{}]+)["']""", source)
+    return f" Axes: {', '.join(dict.fromkeys(plain(x) for x in found))}." if found else ""
+
+
+def with_alt(cell, heading, before, directives=()):
+    "Put the words for its pictures beside a code cell that draws: `#| fig-alt: words`, or what stands before it."
+    if not any(mime.startswith("image/") for out in cell["outputs"] for mime in out.get("data", {})): return
+    said = dict(directives).get("fig-alt") or words_for(heading, before) + axes(cell["source"])
+    cell["metadata"]["mystnb"] = {"image": {"alt": said}}
+
+
+def code_cell(cell, heading="", before=""):
     "A code cell as it is read, or None where nothing of it is for readers."
     directives, source = split("".join(cell["source"]))
     if DROP & set(directives) or not source.strip(): return None
@@ -48,6 +79,7 @@ def code_cell(cell):
     old = cell.get("metadata", {}).get("tags", [])
     cell.update(source=source, outputs=static(cell.get("outputs", [])))
     cell["metadata"] = {"tags": sorted({*old, *tags})}
+    with_alt(cell, heading, before, directives)
     return cell
 
 
@@ -62,11 +94,16 @@ def title_of(cell):
 
 def readable(nb, link=None):
     "A copy of the notebook (a dict) for readers; `link` rewrites the text of each markdown cell."
-    nb, cells = deepcopy(nb), []
+    nb, cells, section, before = deepcopy(nb), [], "", ""
     for cell in nb["cells"]:
-        kind = cell["cell_type"]
-        if kind == "markdown": cell["source"] = (link or str)("".join(cell["source"]))
-        made = {"code": code_cell, "raw": title_of}.get(kind, lambda c: c)(cell)
+        kind, made = cell["cell_type"], cell
+        if kind == "markdown":
+            before = "".join(cell["source"])
+            heads = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", before, flags=re.M | re.S), re.M)
+            section = plain(heads[-1].lstrip("> ")) if heads else section
+            cell["source"] = (link or str)(before)
+        if kind == "code": made = code_cell(cell, section, before)
+        if kind == "raw": made = title_of(cell)
         if made: cells.append(made)
     nb["cells"] = cells
     nb["metadata"] = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"},

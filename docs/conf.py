@@ -31,7 +31,7 @@ html_theme_options = {
     "logo": {"text": "selectbench"},
     "navbar_align": "left",
     "navbar_end": ["theme-switcher"],
-    "secondary_sidebar_items": ["page-toc"],
+    "secondary_sidebar_items": {"**": ["page-toc"], "index": [], "atlas": []},
     "show_nav_level": 1,
     "navigation_depth": 3,
     "show_toc_level": 2,
@@ -41,7 +41,7 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-html_sidebars = {"index": [], "start": [], "methods": [], "contributing": []}
+html_sidebars = {"index": [], "start": [], "methods": [], "atlas": [], "contributing": []}
 python_display_short_literal_types = True
 add_module_names = False
 toc_object_entries_show_parents = "hide"

@@ -196,10 +196,11 @@ def pages():
 def test_site(pages):
     "It builds without warnings, has a page for every notebook and module, and every internal link resolves."
     import build
-    assert build.broken_links(pages) == []
+    import finish
+    assert finish.faults(pages) == []
     made = {path.relative_to(pages).as_posix() for path in pages.rglob("*.html")}
     assert {place.replace(".ipynb", ".html") for place in build.notebooks()} <= made
-    assert {"methods.html", "reports.html", "api.html", "search.html"} <= made
+    assert {"methods.html", "reports.html", "api.html", "atlas.html", "search.html"} <= made
 
 
 def test_site_lists_every_method(pages):
@@ -214,6 +215,77 @@ def test_broken_links_are_seen(tmp_path):
                                      '<a href="#x">4</a><a href="https://example.org/">5</a><img src="no.png">')
     (tmp_path / "b.html").write_text('<p id="y">')
     assert build.broken_links(tmp_path) == [("a.html", "b.html#z"), ("a.html", "c.html"), ("a.html", "no.png")]
+
+
+@pytest.mark.parametrize("html, wrong", [
+    ('<h1>A</h1><img src="p.png" width="4" height="3">', "no alt text on p.png"),
+    ('<h1>A</h1><img src="p.png" alt="../p.png" width="4" height="3">', "no alt text on p.png"),
+    ('<h1>A</h1><img src="p.png" alt="A picture">', "no width and height on p.png"),
+    ("<h1>A</h1><h3>B</h3>", "h3 follows h1"),
+    ("<h2>A</h2><h1>B</h1>", "not one h1, first: [2, 1]"),
+    ("<h1>A</h1><h1>B</h1>", "not one h1, first: [1, 1]"),
+    ('<h1>A</h1><a href="/a.html">root</a>', "not a relative link /a.html"),
+    ('<h1>A</h1><a href="file:///a.html">disk</a>', "not a relative link file:///a.html"),
+    ('<h1>A</h1><a href="../a.html">up</a>', "a link out of the site ../a.html"),
+    ('<h1>A</h1><script src="https://example.org/x.js"></script>', "loads https://example.org/x.js"),
+])
+def test_faults_of_a_page_are_seen(tmp_path, html, wrong):
+    import finish
+    (tmp_path / "p.png").write_bytes(b"")
+    (tmp_path / "a.html").write_text(f"<main>{html}</main>")
+    assert finish.faults(tmp_path) == [("a.html", wrong)]
+
+
+def test_images_are_given_their_size(tmp_path):
+    import finish
+    png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (640).to_bytes(4, "big") + (480).to_bytes(4, "big")
+    (tmp_path / "p.png").write_bytes(png)
+    (tmp_path / "a.html").write_text('<main><h1>A</h1><img src="p.png" alt="Words"></main>')
+    finish.finish(tmp_path)
+    assert 'width="640" height="480"' in (tmp_path / "a.html").read_text() and finish.faults(tmp_path) == []
+
+
+def terms(pages):
+    "What the site's search knows: stem -> names of the pages that hold it, in text or in a title."
+    text = (pages / "searchindex.js").read_text(encoding="utf-8")
+    index, found = json.loads(text[text.index("{"):text.rindex("}") + 1]), {}
+    for kind in ("terms", "titleterms"):
+        for stem, docs in index[kind].items():
+            held = found.setdefault(stem, set())
+            held |= {index["docnames"][i] for i in (docs if isinstance(docs, list) else [docs])}
+    return found
+
+
+def test_search_finds_a_method_by_its_paper(pages):
+    "Every word of a paper's title that search keeps stands on the reference page of each of its methods."
+    from sphinx.search.en import SearchEnglish
+
+    import selectbench
+    language, known, lost = SearchEnglish({}), terms(pages), []
+    for row in selectbench.methods().to_dict("records"):
+        page = "api/" + "/".join(row["module"].split(".")[1:])
+        stems = {language.stem(w.lower()) for w in language.split(row["paper"]) if language.word_filter(w.lower())}
+        lost += [(row["name"], s) for s in stems if page not in known.get(s, set())]
+    assert lost == []
+
+
+def test_methods_papers_and_reports_link_to_each_other(pages):
+    "A reference entry links to its paper's row of the atlas, a report to its methods, both ways."
+    read = lambda place: (pages / place).read_text(encoding="utf-8")
+    importance, report, atlas = read("api/data/importance.html"), read("reports/04_which_text.html"), read("atlas.html")
+    assert 'href="../../atlas.html#paper-dsir"' in importance and "reports/04_which_text.html" in importance
+    assert "api/data/importance.html#selectbench.data.importance.dsir" in report
+    assert 'href="api/data/importance.html#selectbench.data.importance.dsir"' in atlas
+    assert 'href="data/importance.html#dsir"' in atlas and "methods['dsir'](texts, target_texts, k" in atlas
+
+
+def test_the_atlas_page_has_every_paper_and_says_what_works(pages):
+    from selectbench.report.atlas import atlas_counts, atlas_frame
+    text = (pages / "atlas.html").read_text(encoding="utf-8")
+    shown = dict(re.findall(r'<tr id="paper-([^"]+)" data-family="[^"]*" data-status="(\w+)"', text))
+    assert shown == atlas_frame().set_index("key")["status"].to_dict()
+    said = re.search(r"\*\*(\d+ work here)\*\*", atlas_counts())[1]
+    for page in ("atlas.html", "index.html"): assert said in (pages / page).read_text(encoding="utf-8")
 
 
 def test_links_of_the_documents():
