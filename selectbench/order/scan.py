@@ -425,16 +425,17 @@ def scan_study(models=("mamba", "window", "control"), seeds=range(5), *,
 
 # %% ../../nbs/order/scan.ipynb #3855a870
 def against(frame, base="row", value="accuracy") -> pd.DataFrame:
-    """A row a model and order: mean and 95 % half-width over seeds of `value`, and of its difference (`gain`), paired by
-    seed, to the order `base`; `better`: the share of seeds in which it is above (below, for a loss)."""
+    """A row a model and order: `mean` and 95 % half-width (`half`) over seeds of `value`, and of its difference (`gain`),
+    paired by seed, to the order `base`; `better`: share of seeds in which it is above (below, for a loss); `cost` in
+    trainings."""
     wide = frame.pivot_table(index="seed", columns=["model", "order"], values=value, sort=False)
-    out = []
+    cost, out = frame.groupby(["model", "order"])["cost"].mean(), []
     for model, order in wide.columns:
         v = wide[model, order]
         gain = v - wide[model, base]
         better = (gain < 0 if value == "loss" else gain > 0).mean()
         out.append({"model": model, "order": order, "mean": v.mean(), "half": interval(v), "gain": gain.mean(),
-                    "gain half": interval(gain), "better": better})
+                    "gain half": interval(gain), "better": better, "cost": cost[model, order]})
     return pd.DataFrame(out)
 
 
