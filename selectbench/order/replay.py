@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 
 from ..core.cache import cached
 from ..core.progress import progress
@@ -133,9 +133,8 @@ class ReferenceRun:
         return cls(Batches(**state["batches"]), Recipe(**recipe), state["params"], state["terms"], state["moments"])
 
 
-@cached(version=1)
-def reference_run(batches, recipe) -> ReferenceRun:
-    "Train once in the order of `batches`, keep S + 1 checkpoints and S x T gradients. Yang et al. 2025, stages 1, 2."
+def _reference(batches, recipe):
+    "The `reference_run`, not kept on disk."
     data = batches.tensors()
     gradients = vmap(grad(partial(network_loss, recipe=recipe)), in_dims=(None, 0, 0, 0))
     params = torch.from_numpy(recipe.start(data[0].shape[2], data[1].shape[2])).to(data[0].dtype)
@@ -147,6 +146,12 @@ def reference_run(batches, recipe) -> ReferenceRun:
         params = params - update
     checkpoints, terms, moments = (torch.stack(k).numpy() for k in zip(*kept, strict=True))
     return ReferenceRun(batches, recipe, np.concatenate([checkpoints, params.numpy()[None]]), terms, moments)
+
+
+@cached(version=1)
+def reference_run(batches, recipe) -> ReferenceRun:
+    "Train once in the order of `batches`, keep S + 1 checkpoints and S x T gradients. Yang et al. 2025, stages 1, 2."
+    return _reference(batches, recipe)
 
 # %% ../../nbs/order/replay.ipynb #c7dca0c1
 def _orders(run, orders):
@@ -208,11 +213,10 @@ def _expanded_update(recipe, moments, path, step, degree):
     "Taylor expansion, to s = 1, of Adam's update for the gradient path[0] + s path[1] + s^2 path[2] / 2."
     def value(s):
         return _update(recipe, moments, sum(g * s**k / (1, 1, 2)[k] for k, g in enumerate(path)), step)[1]
-    zero, one = torch.zeros_like(path[0]), torch.ones_like(path[0])  # elementwise, so each number has an s of its own
-    slope = lambda s: jvp(value, (s,), (one,))[1]
+    zero, slope = torch.zeros_like(path[0]), grad(lambda s: value(s).sum())  # each number has an s of its own
     out = value(zero)
     if degree > 0: out = out + slope(zero)
-    return out + jvp(slope, (zero,), (one,))[1] / 2 if degree > 1 else out
+    return out + grad(lambda s: slope(s).sum())(zero) / 2 if degree > 1 else out
 
 
 CURVATURES = {"exact": _exact, "secant": _secant}
@@ -304,8 +308,7 @@ def replay_order(features, y, target_features, target_y, *,
     x, target = _standardised(np.asarray(features), np.asarray(target_features))
     classes = int(max(np.max(y), np.max(target_y))) + 1
     recipe = Recipe(width=width, lr=lr, seed=seed)
-    train = make_batches(x, y, parts, classes=classes)
-    run = reference_run.__wrapped__(train, recipe)  # a method keeps nothing on disk
+    run = _reference(make_batches(x, y, parts, classes=classes), recipe)
     price = make_batches(target, target_y, [np.arange(len(target))], classes=classes)
     orders, losses = search_orders(run, price, candidates, degree=degree, seed=seed)
     best = orders[losses.argmin()]
@@ -357,7 +360,7 @@ def order_study(pool, *, kind="class", batches=16, size=60, width=24, lr=3e-3, o
     train, _, test = table_batches(pool, kind, batches=batches, size=size, split=split)
     chosen, rows = random_orders(batches, orders, split), []
     for seed in range(seeds):
-        run = reference_run(train, Recipe(width, optimizer=optimizer, lr=lr, epochs=epochs, seed=seed))
+        run = _reference(train, Recipe(width, optimizer=optimizer, lr=lr, epochs=epochs, seed=seed))
         loss = lambda params, run=run: order_losses(run, params, test)[:, 0].astype(np.float64)
         row = {"seed": seed, "order": np.arange(orders), "real": loss(retrain(run, chosen))}
         source = {name: visited_run(run) if name == "visited" else run for name in estimates}
@@ -367,8 +370,8 @@ def order_study(pool, *, kind="class", batches=16, size=60, width=24, lr=3e-3, o
 
 # %% ../../nbs/order/replay.ipynb #53d5194e
 def order_report(pool, kinds=KINDS, lrs=(1e-3, 3e-3, 1e-2, 3e-2), **sizes) -> pd.DataFrame:
-    """`rank_table` of an `order_study` for each of `kinds` and `lrs`, and columns `loss` (mean real test loss), `spread`
-    (its standard deviation over orders, within a seed), `share_*` of `variance_shares`. `sizes`: as `order_study`."""
+    """`rank_table` of an `order_study` for each of `kinds` and `lrs`, and columns `loss` (mean real test loss),
+    `spread` (its deviation over orders, within a seed), `share_*` of `variance_shares`; `sizes`: as `order_study`."""
     tables = []
     for kind, lr in [(kind, lr) for kind in kinds for lr in lrs]:
         study = order_study(pool, kind=kind, lr=lr, **sizes)
@@ -434,7 +437,7 @@ def search_study(pool, *, kind="class", batches=16, size=60, width=24, lr=3e-3, 
     rows = []
     for seed in range(seeds):
         rng = np.random.default_rng([split, seed])
-        run = reference_run(train, Recipe(width, lr=lr, seed=seed))
+        run = _reference(train, Recipe(width, lr=lr, seed=seed))
         found, prices = search_orders(run, price, candidates, rounds=rounds, degree=degree, curvature=curvature,
                                       seed=seed)
         spent = run.terms.shape[0] * batches + (degree * found.size * 2 if curvature == "exact" else 0)
@@ -464,7 +467,7 @@ def memorisation_study(pool, *, kind="class", batches=16, size=60, width=24, lr=
     chosen, out = random_orders(batches, orders, split), {name: [] for name in ("real", *estimates)}
     place = np.argsort(chosen, axis=1)[:, :, None] == np.arange(batches)  # order, batch, place
     for seed in range(seeds):
-        run = reference_run(train, Recipe(width, optimizer=optimizer, lr=lr, betas=betas, seed=seed))
+        run = _reference(train, Recipe(width, optimizer=optimizer, lr=lr, betas=betas, seed=seed))
         for name, kept in out.items():
             params = retrain(run, chosen) if name == "real" else estimate_orders(run, chosen, **ESTIMATES[name])
             loss = order_losses(run, params, train).astype(np.float64)
