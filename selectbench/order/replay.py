@@ -296,7 +296,7 @@ def _standardised(reference, *others):
         authors="Yang, Hao and Li, Haoxuan and Yang, Mengyue and Chen, Xu and Gong, Mingming")
 def replay_order(features, y, target_features, target_y, *,
                  batches=8,      # the pool is split into, at random; fewer if it has fewer items
-                 candidates=500, # orders that are priced
+                 candidates=300, # orders that are priced
                  degree=0,       # of the expansion; above 0 pricing costs more than training again
                  width=16, lr=3e-3, seed=0) -> Selection:
     """The pool in the order of batches whose replayed training has the lowest loss on the target (Yang et al. 2025).
