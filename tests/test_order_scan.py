@@ -187,6 +187,13 @@ def test_a_policy_that_acts_moves(options):
     assert np.array_equal(found["order"], np.argsort(-found["logits"], kind="stable"))
 
 
+def test_a_baseline_far_below_flattens_the_logits_whatever_the_orders():
+    options = {"wait": 0.0, "active": 1.0, "policy_rate": 0.05, "steps": 12, "batch": 8, "width": 8}
+    near, far = (learn_order("control", 1, momentum=0.9, baseline=b, **options) for b in (None, 0.0))
+    spread = np.ptp(start_logits(np.arange(16)))
+    assert np.ptp(far["logits"]) < 0.8 * spread and np.ptp(near["logits"]) > np.ptp(far["logits"])
+
+
 def test_study_and_its_summaries():
     frame = scan_study(("control",), (0, 1), scans=("row", "spiral"), randoms=2, policy={}, **TINY)
     assert set(frame.order) == {"row", "spiral", "random 0", "random 1", "compressed", "best of 2", "learned",

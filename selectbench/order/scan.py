@@ -317,10 +317,10 @@ def policy_loss(logits, orders, advantage, temperature=1.0, *, exact=False):
 # %% ../../nbs/order/scan.ipynb #c5c6790f
 class _Policy:
     "Logits, their optimiser and the running baseline."
-    def __init__(self, start, rate, momentum, exact):
+    def __init__(self, start, rate, momentum, baseline, exact):
         self.logits = torch.tensor(start_logits(start), dtype=torch.float32, requires_grad=True)
         self.adam = torch.optim.AdamW([self.logits], lr=rate, weight_decay=0.03)
-        self.baseline, self.momentum, self.exact = 0.0, momentum, exact
+        self.baseline, self.momentum, self.exact = baseline, momentum, exact
 
     def best(self): return self.logits.detach().argsort(descending=True, stable=True)
 
@@ -330,6 +330,7 @@ class _Policy:
     def learn(self, orders, reward, temperature):
         "One step of REINFORCE with `reward` [b]; then the baseline moves."
         reward = reward.float()
+        if self.baseline is None: self.baseline = float(reward.mean())
         loss = policy_loss(self.logits, orders, reward - self.baseline, temperature, exact=self.exact)
         self.adam.zero_grad()
         loss.backward()
@@ -353,7 +354,7 @@ def learn_order(model="mamba", seed=0, start="row", *,
                 wait=0.15, active=0.3,  # shares of the steps before the policy trains, and in which it does
                 policy_rate=1e-2,       # of AdamW on the logits
                 temperature=0.2,        # of the noise at its highest
-                momentum=0.99,          # of the running baseline, which starts at 0
+                momentum=0.9, baseline=None,  # of the running baseline, and its start; None: the first reward
                 per_image=False,        # an order for each image, not for each batch
                 exact=False,            # see `policy_loss`
                 ) -> dict:
@@ -367,7 +368,7 @@ def learn_order(model="mamba", seed=0, start="row", *,
         reader, parts = _reader(model, parts, width, layers)
         x, y = parts[0]
         begin = _order(start, x.shape[1])
-        policy = _Policy(begin.numpy(), policy_rate, momentum, exact)
+        policy = _Policy(begin.numpy(), policy_rate, momentum, baseline, exact)
         adam, falling = _adam(reader.parameters(), rate, steps)
         for i in progress(range(steps), desc="learning an order"):
             rows = torch.from_numpy(rng.choice(len(x), batch, replace=False))
@@ -425,9 +426,8 @@ def scan_study(models=("mamba", "window", "control"), seeds=range(5), *,
 
 # %% ../../nbs/order/scan.ipynb #3855a870
 def against(frame, base="row", value="accuracy") -> pd.DataFrame:
-    """A row a model and order: `mean` and 95 % half-width (`half`) over seeds of `value`, and of its difference (`gain`),
-    paired by seed, to the order `base`; `better`: share of seeds in which it is above (below, for a loss); `cost` in
-    trainings."""
+    """A row a model and order: `mean` and 95 % half-width (`half`) over seeds of `value` and of its difference (`gain`,
+    `gain half`), paired by seed, to the order `base`; `better`: share of seeds above it (below, for a loss); `cost`."""
     wide = frame.pivot_table(index="seed", columns=["model", "order"], values=value, sort=False)
     cost, out = frame.groupby(["model", "order"])["cost"].mean(), []
     for model, order in wide.columns:
