@@ -54,7 +54,8 @@ class Module:
         for key, node in self.nodes.items():
             for call in getattr(node, "decorator_list", []):
                 given = {k.arg: k.value for k in getattr(call, "keywords", [])}
-                if "paper" in given and ast.unparse(given.get("name", ast.Constant(key))) == repr(method): return key
+                registers = "paper" in given or unparse(getattr(call, "func", None)) == "method"
+                if registers and ast.unparse(given.get("name", ast.Constant(key))) == repr(method): return key
         return method
 
     def objects(self):

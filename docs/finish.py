@@ -2,12 +2,16 @@
 
 import re
 import struct
-from html.parser import HTMLParser
+from html import unescape
 from os.path import dirname, join, normpath
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 IMG = re.compile(r"<img\b[^>]*>")
+HIDDEN = re.compile(r"<!--.*?-->|(<script\b[^>]*>).*?</script>", re.S | re.I)  # only the tag of a script is looked at
+MAIN, MAIN_END = re.compile(r"<main\b", re.I), re.compile(r"</main>", re.I)
+TAG = re.compile(r"""<([a-zA-Z][\w-]*)((?:\s+[^\s=>"'/]+(?:\s*=\s*(?:"[^"]*"|'[^']*'))?)+)?\s*/?>""")
+ATTRIBUTE = re.compile(r"""([^\s=>"'/]+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
 PIXELS = re.compile(rb'<svg\b[^>]*?\bwidth="([\d.]+)(pt|px)?"[^>]*?\bheight="([\d.]+)(pt|px)?"', re.S)
 
 
@@ -54,30 +58,28 @@ def finish(folder):
         if done != text: path.write_text(done, encoding="utf-8")
 
 
-class Page(HTMLParser):
+class Page:
     "What a page holds: anchors, where it points, images, headings of its main part, what it loads."
 
     def __init__(self, text):
-        super().__init__()
         self.anchors, self.points, self.images, self.headings, self.loads = set(), [], [], [], []
-        self.main = False
-        self.feed(text)
+        text = HIDDEN.sub(lambda match: match[1] or "", text)
+        start, end = (found.start() if found else None for found in (MAIN.search(text), MAIN_END.search(text)))
+        for match in TAG.finditer(text):
+            inside = start is not None and start <= match.start() < (end or len(text))
+            attrs = {name.lower(): unescape(a or b) for name, a, b in ATTRIBUTE.findall(match[2] or "")}
+            self.read(match[1].lower(), attrs, inside)
 
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        if tag == "main": self.main = True
+    def read(self, tag, attrs, inside):
+        "Take note of one tag."
         if attrs.get("id"): self.anchors.add(attrs["id"])
         if tag == "a" and attrs.get("name"): self.anchors.add(attrs["name"])
-        for name in ("href", "src"):
-            if attrs.get(name): self.points.append(attrs[name])
+        self.points += [attrs[name] for name in ("href", "src") if attrs.get(name)]
         if tag == "img": self.images.append(attrs)
-        if self.main and re.fullmatch(r"h[1-6]", tag): self.headings.append(int(tag[1]))
+        if inside and re.fullmatch(r"h[1-6]", tag): self.headings.append(int(tag[1]))
         if tag in ("script", "img", "iframe", "source") and attrs.get("src"): self.loads.append(attrs["src"])
-        if tag == "link" and {"stylesheet", "preload", "icon"} & set((attrs.get("rel") or "").split()):
-            self.loads.append(attrs.get("href") or "")
-
-    def handle_endtag(self, tag):
-        if tag == "main": self.main = False
+        if tag == "link" and {"stylesheet", "preload", "icon"} & set(attrs.get("rel", "").split()):
+            self.loads.append(attrs.get("href", ""))
 
 
 def broken(path, page, pages, there, folder):
