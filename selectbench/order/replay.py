@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CURVATURES', 'KINDS', 'ESTIMATES', 'WORDS', 'Batches', 'make_batches', 'Recipe', 'network_loss', 'ReferenceRun',
            'reference_run', 'retrain', 'estimate_orders', 'projected_run', 'visited_run', 'order_losses',
-           'search_orders', 'replay_order', 'table_batches', 'random_orders', 'order_study', 'order_report',
-           'rank_table', 'variance_shares', 'search_study', 'memorisation_study']
+           'search_orders', 'replay_order', 'table_batches', 'random_orders', 'order_study', 'rank_table',
+           'variance_shares', 'order_report', 'search_study', 'memorisation_study']
 
 # %% ../../nbs/order/replay.ipynb #02f26a17
 from dataclasses import dataclass, fields, replace
@@ -368,18 +368,6 @@ def order_study(pool, *, kind="class", batches=16, size=60, width=24, lr=3e-3, o
         rows.append(pd.DataFrame(row))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/order/replay.ipynb #53d5194e
-def order_report(pool, kinds=KINDS, lrs=(1e-3, 3e-3, 1e-2, 3e-2), **sizes) -> pd.DataFrame:
-    """`rank_table` of an `order_study` for each of `kinds` and `lrs`, and columns `loss` (mean real test loss),
-    `spread` (its deviation over orders, within a seed), `share_*` of `variance_shares`; `sizes`: as `order_study`."""
-    tables = []
-    for kind, lr in [(kind, lr) for kind in kinds for lr in lrs]:
-        study = order_study(pool, kind=kind, lr=lr, **sizes)
-        facts = {"kind": kind, "lr": lr, "loss": study.real.mean(), "spread": study.groupby("seed").real.std().mean()}
-        facts |= {f"share_{k}": v for k, v in variance_shares(study).items()}
-        tables.append(rank_table(study).assign(**facts))
-    return pd.concat(tables, ignore_index=True)
-
 # %% ../../nbs/order/replay.ipynb #03a708a0
 def _ranks(x): return stats.rankdata(np.where(np.isfinite(x), x, np.inf), axis=-1)
 
@@ -422,6 +410,18 @@ def variance_shares(study) -> dict:
     part = {"order": max(0.0, x.mean(1).var(ddof=1) - both / s), "seed": max(0.0, x.mean(0).var(ddof=1) - both / m),
             "both": both}
     return {k: v / sum(part.values()) if sum(part.values()) else 0.0 for k, v in part.items()}
+
+# %% ../../nbs/order/replay.ipynb #53d5194e
+def order_report(pool, kinds=KINDS, lrs=(1e-3, 3e-3, 1e-2, 3e-2), **sizes) -> pd.DataFrame:
+    """`rank_table` of an `order_study` for each of `kinds` and `lrs`, and columns `loss` (mean real test loss),
+    `spread` (its deviation over orders, within a seed), `share_*` of `variance_shares`; `sizes`: as `order_study`."""
+    tables = []
+    for kind, lr in [(kind, lr) for kind in kinds for lr in lrs]:
+        study = order_study(pool, kind=kind, lr=lr, **sizes)
+        facts = {"kind": kind, "lr": lr, "loss": study.real.mean(), "spread": study.groupby("seed").real.std().mean()}
+        facts |= {f"share_{k}": v for k, v in variance_shares(study).items()}
+        tables.append(rank_table(study).assign(**facts))
+    return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/order/replay.ipynb #7f34ce24
 @cached(version=1)
