@@ -59,8 +59,8 @@ def picked_frame(selection, pool, n=12) -> pd.DataFrame:
 
 def _image_rows(sides, pool, n, shape):
     "A row of images for each of `sides`, name -> Selection, in pick order."
-    fig, axes = plt.subplots(len(sides), n, figsize=(.62 * n, .98 * len(sides)), squeeze=False)
-    fig.subplots_adjust(left=.01, right=.99, top=.86, bottom=.01, hspace=.55, wspace=.08)
+    fig, axes = plt.subplots(len(sides), n, figsize=(.62 * n, 1.05 * len(sides)), squeeze=False)
+    fig.subplots_adjust(left=.01, right=.99, top=.8, bottom=.01, hspace=.6, wspace=.08)
     for row, (name, side) in zip(axes, sides.items(), strict=True):
         named = labels(pool, "y")[side.index[:n]] if "y" in pool else [""] * n
         for ax in row: ax.axis("off")
@@ -126,7 +126,7 @@ def scatter_figure(selection, pool, embeddings=None, at=None):
     ValueError as for `plane`, and for a selection of another pool."""
     _check(selection, pool)
     at = plane(pool, embeddings) if at is None else np.asarray(at)
-    fig, ax = plt.subplots(figsize=(4.4, 3.6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(4.2, 3.5), layout="constrained")
     ax.scatter(*at.T, s=6, color=POOL, alpha=.55, lw=0, label=f"pool ({pool.n:,})", rasterized=True)
     size = np.linspace(44, 14, selection.k)
     ax.scatter(*at[selection.index].T, s=size, color=PICK, edgecolor="k", lw=.5, label=f"picked ({selection.k:,})")
@@ -136,7 +136,7 @@ def scatter_figure(selection, pool, embeddings=None, at=None):
 
 # %% ../../nbs/report/picks.ipynb #8177801e
 def composition(selection, pool, by=None) -> pd.DataFrame:
-    """One row per class (`by="y"`) or domain (`"groups"`; the first that there is unless given): share in the
+    """One row per class (`by="y"`) or domain (`"groups"`; the first there is unless given): share in the
     `pool` and in the `pick`, the central 95 % of a random pick's share, `low` to `high`, and the `verdict` more, less or
     as chance.
 
@@ -158,7 +158,7 @@ def composition(selection, pool, by=None) -> pd.DataFrame:
 def composition_figure(table, most=14):
     "The frame of `composition`: bars are the pick, ticks the pool, bands what chance gives. The `most` common ones."
     table = table.nlargest(most, "pool").sort_index()
-    fig, ax = plt.subplots(figsize=(4.2, .9 + .26 * len(table)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(4, .9 + .26 * len(table)), layout="constrained")
     y = np.arange(len(table))
     ax.barh(y, table["pick"], height=.5, color=[PICK if v != "as chance" else POOL for v in table["verdict"]])
     ax.barh(y, table["high"] - table["low"], left=table["low"], height=.8, color="0.5", alpha=.3)

@@ -61,11 +61,19 @@ def curves_figure(results, **choice):
     "A panel per pool: worth against budget with 95 % intervals. `choice`: arguments of `chosen`."
     table = chosen(results, **choice)
     pools = list(table["task"].unique())
-    fig, axes = plt.subplots(1, len(pools), figsize=(max(4.9, 4.3 * len(pools)), 3.7), squeeze=False,
+    fig, axes = plt.subplots(1, len(pools), figsize=(max(4.7, 4.3 * len(pools)), 3.7), squeeze=False,
                              layout="constrained")
     for ax, pool in zip(axes[0], pools, strict=True):
         curves(summarise(table[table["task"] == pool]), ax=ax, title=pool)
+        _strong_first(ax)
     return fig
+
+
+def _strong_first(ax):
+    "Give the methods of `ax` the ten colours that are seen on white and on black, then the ten pale ones."
+    for i, drawn in enumerate(ax.containers):
+        for part in (drawn[0], *drawn[2]): part.set_color(plt.get_cmap("tab20")((2 * i + i // 10 % 2) % 20))
+    ax.legend(fontsize=7, ncols=2, frameon=False)
 
 # %% ../../nbs/report/views.ipynb #d8f6468e
 def _gains(table, pool, budget, baseline):
@@ -167,7 +175,7 @@ def ranking(results, level=0.05, **choice) -> pd.DataFrame:
 def ranking_figure(ranks):
     """Mean ranks from `ranking`, each with half a critical difference to either side: bars that do not meet are told
     apart. Filled: not told apart from the first."""
-    fig, ax = plt.subplots(figsize=(3.7, 1.3 + .3 * len(ranks)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(3.5, 1.3 + .3 * len(ranks)), layout="constrained")
     cd, y = ranks.attrs["cd"], np.arange(len(ranks))
     best = ranks["with_best"].to_numpy()
     for part, edge, face in ((best, WIN, WIN), (~best, TIE, "none")):
