@@ -88,7 +88,7 @@ Print = Annotated[bool, typer.Option("--print", help="only print what would be r
 
 def _card(name):
     "The card of a method, or an error with near names."
-    if name not in methods: _fail(f"no method {name!r}{nearest(name, methods.names())}")
+    if name not in methods: _fail(f"no method {name!r}{nearest(name, methods.names())} (`make export` lists new ones)")
     return next(c for c in methods.cards() if c["name"] == name)
 
 # %% ../../nbs/report/cli.ipynb #a26b9b3a
@@ -229,7 +229,7 @@ def validate(name: Name, as_json: Json = False):
                                             "new-method disco --name disagreement"))
 def new_method(key: Annotated[str, typer.Argument(help="a row of the atlas", autocompletion=_papers("key"))],
                folder: Annotated[Path | None, typer.Option(help="where, if not nbs/FAMILY of the checkout")] = None,
-               name: Annotated[str | None, typer.Option(help="of notebook and method, if not the key")] = None):
+               name: Annotated[str | None, typer.Option(help="of the notebook, if not the key")] = None):
     "Write a notebook for a method that is not here yet, from its row of the atlas; never overwrites."
     from selectbench.report.scaffold import checkout, write_draft
     _has("nbformat")

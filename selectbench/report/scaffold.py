@@ -75,6 +75,7 @@ from selectbench.core.selection import Selection
 import matplotlib.pyplot as plt
 
 from selectbench import methods
+from selectbench.core.conformance import check_method
 from selectbench.core.study import interval
 --- markdown
 ## Signals
@@ -84,7 +85,8 @@ $signals
 --- code
 #| export
 @method("$family", key="$key"$form,
-        paper=$paper)
+        paper=$paper,
+        authors="", year=None, url="")
 def $name(fill_in, k, *, seed=0) -> Selection:
     "In one line: the `k` items that ... (Author et al. year, equation)."
     return Selection.from_scores(fill_in, k)
@@ -92,6 +94,7 @@ def $name(fill_in, k, *, seed=0) -> Selection:
 ## Check
 Against brute force, a closed form, a statistical guarantee or the authors' numbers: say which.
 --- code
+check_method("$name")            # conformance, on random pools
 raise AssertionError("no check yet: write one, see it fail on a broken method, then take this line away")
 --- markdown
 ## On real data
@@ -139,11 +142,11 @@ def _quoted(text, width=90, indent=14):
     return ("\n" + " " * indent).join(json.dumps(line, ensure_ascii=False) for line in lines)
 
 
-def draft_cells(row, name) -> list:
-    "The draft for a row of the atlas and the method `name`: (markdown or code, source) for each cell."
+def draft_cells(row, module) -> list:
+    "The draft for a row of the atlas as the notebook `module`: (markdown or code, source) for each cell."
     told = row["kind"] not in ("method", "model-release", "application")
-    holes = {"title": row["title"], "paper": _quoted(row["title"]), "key": row["key"], "name": name,
-             "module": f"{row['family']}.{name}", "family": row["family"],
+    holes = {"title": row["title"], "paper": _quoted(row["title"]), "key": row["key"], "name": module_name(row["key"]),
+             "module": f"{row['family']}.{module}", "family": row["family"],
              "algorithm": row["algorithm"], "more": _more(row), "signals": signal_table(),
              "form": ', kind="analysis", returns="frame"' if told else FORMS.get(row["family"], "")}
     fill = lambda cell: re.sub(r"\$([a-z]+)", lambda hole: holes[hole[1]], cell)
@@ -154,12 +157,11 @@ def draft_cells(row, name) -> list:
 def write_draft(key, folder=None, *, name=None) -> Path:
     """Write the draft of a notebook for the atlas row `key` and return its path; it never overwrites.
 
-    `folder` is that of the row's family in the checkout unless given, `name` of module and method comes from the key.
-    ValueError for a key that is unknown, registered or of no family, for a `name` that is none, or where there is no
-    checkout and no `folder`; FileExistsError."""
+    `folder` is that of the row's family in the checkout unless given; `name` is the notebook's, for a mechanism that
+    more methods may share; it comes from the key unless given, as the method's does. FileExistsError; ValueError for a
+    key that is unknown, registered or of no family, for a `name` that is none, and without checkout and `folder`."""
     row, name = atlas_row(key), module_name(key) if name is None else name
     if not name.isidentifier(): raise ValueError(f"`name` must be a name in Python, got {name!r}")
-    if name in methods: raise ValueError(f"`name` {name!r} is taken by a registered method")
     if row["family"] == "none": raise ValueError(f"`key` {key!r} is listed only: it belongs to no family")
     if folder is None and checkout() is None: raise ValueError("`folder` is needed: this is no checkout of the project")
     path = Path(folder or checkout() / "nbs" / row["family"]) / f"{name}.ipynb"
