@@ -11,7 +11,7 @@ SUM    := find nbs figures -type f -not -path '*/.ipynb_checkpoints/*' -exec cks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test lint notebooks unit validate lab docs reports export clean
+.PHONY: help run test lint notebooks unit validate new lab docs reports export clean
 
 help:  ## what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,11 +32,14 @@ notebooks: $(TEST)  ## run every notebook, reports at small size
 unit: $(TEST)  ## pytest
 	@$(TESTS) $(BIN)/python -m pytest
 
-validate: $(TEST)  ## check one method: make validate NAME=k_center
-	@$(BIN)/selectbench check $(NAME)
+validate: $(TEST)  ## check one method and run its notebook: make validate NAME=k_center
+	@$(BIN)/selectbench validate $(NAME)
+
+new: $(TEST)  ## draft a notebook from a row of the atlas: make new KEY=disco
+	@$(BIN)/selectbench new-method $(KEY)
 
 lab: $(TEST)  ## open JupyterLab on the notebooks
-	@$(BIN)/jupyter lab nbs
+	@$(BIN)/selectbench lab
 
 docs: $(TEST)  ## build the site into _docs
 	@$(BIN)/python docs/build.py site
