@@ -11,10 +11,10 @@ SUM    := find nbs figures -type f -not -path '*/.ipynb_checkpoints/*' -exec cks
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test lint notebooks unit validate new lab docs reports export clean
+.PHONY: help run test test-browser lint notebooks unit validate new lab docs reports export clean
 
 help:  ## what there is
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 run: $(RUN)  ## install the package into .venv and run the tour
 	@$(BIN)/selectbench run tour
@@ -31,6 +31,12 @@ notebooks: $(TEST)  ## run every notebook, reports at small size
 
 unit: $(TEST)  ## pytest
 	@$(TESTS) $(BIN)/python -m pytest
+
+test-browser: $(TEST)  ## the widgets in a real browser; installs chromium on Debian
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { root=$$(test "$$(id -u)" = 0 || echo sudo); \
+	       $$root apt-get update && $$root apt-get install --yes --no-install-recommends chromium; }
+	@$(TESTS) SELECTBENCH_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py
 
 validate: $(TEST)  ## check one method and run its notebook: make validate NAME=k_center
 	@$(BIN)/selectbench validate $(NAME)
