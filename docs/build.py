@@ -314,15 +314,17 @@ def page_links(places, books, base=""):
 
 
 def runs(nb):
-    "Words that a notebook may run something by: those it imports from the package, and those it quotes or tabulates."
+    "Words that a notebook may run something by: (module, name) that it imports, and those it quotes or tabulates."
     code = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "code")
-    taken = re.findall(r"from selectbench[\w.]* import ([^\n(]+|\([^)]*\))", code)
-    taken += re.findall(r"\bmethods\[[\"'](\w+)", code)
+    taken = {("", name) for name in re.findall(r"\bmethods\[[\"'](\w+)", code)}
+    for place, names in re.findall(r"from (selectbench[\w.]*) import ([^\n(]+|\([^)]*\))", code):
+        taken |= {(place, name) for name in re.findall(r"\w+", names)}
     shown = ["".join(out["data"].get("text/html", "")) for cell in nb["cells"] for out in cell.get("outputs", [])
              if "data" in out]
     bodies = re.sub(r"(?s)<thead.*?</thead>", "", "".join(shown))
-    rows = re.findall(r"<t[hd][^>]*>\s*(\w+)(?:\([^<]*\))?\s*</t[hd]>", bodies)
-    return set(re.findall(r"\w+", " ".join(taken))), {*re.findall(r"[\"'](\w+)[\"']", code), *rows}
+    named = re.findall(r"<t[hd][^>]*>\s*(\w[\w -]*?)(?:\([^<]*\))?\s*</t[hd]>", bodies)
+    named += re.findall(r"[\"'](\w[\w -]*)[\"']", code)
+    return taken, {re.sub(r"[ -]", "_", name.lower()) for name in named} | {*named}
 
 
 def ran(nb, rows, modules):
@@ -330,10 +332,12 @@ def ran(nb, rows, modules):
 
     One that is merely named, and alone of its family, is a word like `entropy` that happens to be a method's name."""
     taken, named = runs(nb)
-    sure = {row["name"] for row in rows if {row["name"], entry_of(row, modules)} & taken}
+    whole = lambda row: {("", row["name"]), *((module_of(row), n) for n in (row["name"], entry_of(row, modules)))}
+    sure = {row["name"] for row in rows if whole(row) & taken}
     maybe = [row for row in rows if row["name"] in named or row["name"] in sure]
-    many = lambda row: sum(other["family"] == row["family"] for other in maybe) > 1
-    return [row for row in by_family(maybe) if row["name"] in {*sure, "random", "everything"} or many(row)]
+    held = [row["family"] for row in maybe if row["name"] not in ("random", "everything")]
+    sure |= {row["name"] for row in maybe if held.count(row["family"]) > 1} | {"random", "everything"}
+    return [row for row in by_family(maybe) if row["name"] in sure]
 
 
 def usage(rows, books, modules):
@@ -372,15 +376,14 @@ def shown(row, books, used):
 
 def methods_page(rows, names, books, used):
     "Every method with paper, family, signals and where it is shown."
-    lines = ["| Method | Family | Kind | Returns | Signals | Paper | Shown in | Key | Module |", "|" + " --- |" * 9]
+    lines = ["| Method | Family | Kind | Returns | Signals | Paper | Shown in | Atlas |", "|" + " --- |" * 8]
     for row in by_family(rows):
         name = reference(row, names)
         key = f'<a href="atlas.html#paper-{row["key"]}">{row["key"]}</a>' if has_key(row) else ""
-        module = f"{{py:mod}}`{module_of(row).removeprefix('selectbench.')} <{module_of(row)}>`"
         lines.append("| " + " | ".join([name, row["family"], row["kind"], row["returns"], words(row["signals"]),
-                                        paper(row), shown(row, books, used), key, module]) + " |")
+                                        paper(row), shown(row, books, used), key]) + " |")
     head = (f"# Methods\n\n{len(rows)} methods are registered. Each passes the same conformance checks; *signals* are "
-            "what it must be given, *key* is its row in the [atlas of papers](atlas.md).\n\n")
+            "what it must be given, *atlas* is its row in the [atlas of papers](atlas.md).\n\n")
     return head + ("```{table}\n:class: catalogue\n:align: left\n\n" + "\n".join(lines) + "\n```\n" if rows else "")
 
 

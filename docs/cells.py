@@ -1,5 +1,6 @@
 """From a notebook as it is worked on to a notebook as it is read: nbdev's directives become tags or go away."""
 
+import ast
 import re
 from copy import deepcopy
 
@@ -36,6 +37,15 @@ def static(outputs):
             if not out["data"]: continue
         kept.append(out)
     return kept
+
+
+def only_imports(source):
+    "Whether a cell imports and does next to nothing else: a setting or two after four imports."
+    try: body = ast.parse(source).body
+    except SyntaxError: return False  # a line for IPython
+    rest = [node for node in body if not isinstance(node, ast.Import | ast.ImportFrom)]
+    small = all(isinstance(node, ast.Assign | ast.Expr) and node.end_lineno - node.lineno < 2 for node in rest)
+    return not rest or (small and len(rest) <= 2 and len(body) - len(rest) >= 4)
 
 
 def plain(markdown):
@@ -79,6 +89,9 @@ def code_cell(cell, heading="", before=""):
     old = cell.get("metadata", {}).get("tags", [])
     cell.update(source=source, outputs=static(cell.get("outputs", [])))
     cell["metadata"] = {"tags": sorted({*old, *tags})}
+    if only_imports(source):
+        cell["metadata"] = {"tags": sorted({*old, *tags, "hide-input"}),
+                            "mystnb": {"code_prompt_show": "Show the imports", "code_prompt_hide": "Hide the imports"}}
     with_alt(cell, heading, before, directives)
     return cell
 

@@ -14,9 +14,10 @@ nb_merge_streams = True
 nb_output_stderr = "remove"
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
-myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath", "tasklist"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 3
+mathjax3_config = {"chtml": {"matchFontHeight": False, "scale": 1.08}}  # formulas as wide on every machine
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "misc.highlighting_failure"]
 
 html_theme = "pydata_sphinx_theme"
@@ -31,7 +32,7 @@ html_theme_options = {
     "logo": {"text": "selectbench"},
     "navbar_align": "left",
     "navbar_end": ["theme-switcher"],
-    "secondary_sidebar_items": {"**": ["page-toc"], "index": [], "atlas": []},
+    "secondary_sidebar_items": {"**": ["page-toc"], "index": [], "atlas": [], "methods": []},
     "show_nav_level": 1,
     "navigation_depth": 3,
     "show_toc_level": 2,

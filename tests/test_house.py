@@ -288,6 +288,27 @@ def test_the_atlas_page_has_every_paper_and_says_what_works(pages):
     for page in ("atlas.html", "index.html"): assert said in (pages / page).read_text(encoding="utf-8")
 
 
+def test_the_atlas_is_searched_without_a_server(pages):
+    "A browser that opens the page from disk shows the papers that are asked for, and the row that a link names."
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser: pytest.skip("no chromium to open the page with")
+    shown = []
+    for asked in ("?words=importance+resampling&status=works", "#paper-dsir"):
+        done = run(browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom",
+                   (pages / "atlas.html").as_uri() + asked)
+        shown.append(done.stdout)
+    rows = re.findall(r'<tr id="paper-([^"]+)"([^>]*)>', shown[0])
+    assert [key for key, rest in rows if "hidden" not in rest] == ["dsir"] and "1 of 559 papers" in shown[0]
+    assert re.search(r'<tr id="paper-dsir"[^>]*><td><details open', shown[1])
+
+
+def test_a_cell_of_imports_is_folded():
+    from cells import only_imports
+    assert only_imports("import a\nfrom b import c") and not only_imports("import a\nx = a.f()")
+    assert only_imports("import a, b\nimport c\nimport d\nimport e\nb.quiet()")
+    assert not only_imports("%matplotlib inline")
+
+
 def test_links_of_the_documents():
     "README and CONTRIBUTING link to files that are there."
     lost = []
