@@ -72,8 +72,8 @@ def test_a_draft_fails_until_its_signals_and_its_check_are_written(project):
     folder, draft = project
     code, said = nbdev("nbdev_test", folder, "--path", str(draft))
     assert code == 1 and "`fill_in` is neither a signal nor a budget" in said
-    written = draft.read_text().replace("fill_in", "losses")
-    draft.write_text(written)
+    written = draft.read_text().replace("fill_in, k, *, seed=0", "losses, k").replace("(fill_in, k)", "(losses, k)")
+    draft.write_text(written.replace("authors=", "deterministic=True, ranking=True, authors="))
     code, said = nbdev("nbdev_test", folder, "--path", str(draft))
     assert code == 1 and "no check yet" in said and "fill_in" not in said
 
