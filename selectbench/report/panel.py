@@ -49,13 +49,19 @@ _STYLE = """<style>
 .sb-panel table {border-collapse: collapse; font-size: 12px; margin: 0}
 .sb-panel td, .sb-panel th {padding: 2px 8px; text-align: left; vertical-align: top; border: 0}
 .sb-panel p {margin: 0 0 6px}
-.sb-matrix {gap: 2px; overflow: visible}
+.sb-matrix {gap: 2px 6px; align-items: center; overflow: visible}
 .sb-cell {font-variant-numeric: tabular-nums; color: var(--jp-content-font-color1) !important; padding: 0}
 .sb-win {background: color-mix(in srgb, #2e9e6b 42%, transparent) !important}
 .sb-loss {background: color-mix(in srgb, #d9534f 42%, transparent) !important}
 .sb-tie {background: color-mix(in srgb, #9aa0a6 16%, transparent) !important}
-.sb-open {outline: 2px solid var(--jp-brand-color1, #2196f3); outline-offset: -2px}
+.sb-panel a {color: var(--jp-content-link-color, inherit); text-decoration: underline}
 </style>"""
+
+
+# JupyterLab's own shortcuts take arrows and letters from a focused list; this attribute, which has no other way in,
+# leaves them to it. Where scripts are forbidden the image is simply missing.
+_KEYS = """<img src="data:," alt="" hidden onerror="this.closest('.sb-panel').addEventListener('focusin', e =>
+e.target.matches('select, button') && e.target.setAttribute('data-lm-suppress-shortcuts', ''))">"""
 
 
 def _html(made, words):
@@ -63,8 +69,8 @@ def _html(made, words):
     if isinstance(made, list): return "".join(_html(part, words) for part in made)
     if isinstance(made, str): return made
     if isinstance(made, pd.DataFrame):
-        with pd.option_context("display.max_colwidth", None, "display.precision", 3):
-            return made.to_html(index=False, border=0)
+        with pd.option_context("display.max_colwidth", None):
+            return made.to_html(index=False, border=0, float_format="{:.4g}".format)
     return themed(made, words) if hasattr(made, "savefig") else made._repr_html_()
 
 
@@ -79,13 +85,13 @@ class Panel(widgets.VBox):
     top to bottom; `stills`: for pictures that are widgets, functions that give what stands where no kernel runs."""
     def __init__(self, about, controls, pictures, rows, stills=None):
         self.about, self.controls, self._draws, self._stills = about, dict(controls), dict(pictures), stills or {}
-        self.pictures = {name: widgets.Box([widgets.HTML()]) for name in pictures}
+        self.pictures = {n: widgets.Box([widgets.HTML()], layout={"overflow": "visible"}) for n in pictures}
         for name, control in self.controls.items():
             control.observe(lambda change, name=name: self.refresh(name), "value")
         for name in self._draws: self._show(name)
         parts = self.controls | self.pictures
         wrap = widgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="6px 16px", overflow="visible")
-        super().__init__([widgets.HTML(_STYLE), *(widgets.Box([parts[n] for n in row], layout=wrap) for row in rows)])
+        super().__init__([widgets.HTML(_STYLE + _KEYS), *(widgets.Box([parts[n] for n in row], layout=wrap) for row in rows)])
         self.add_class("sb-panel")
 
     def _values(self, draw):

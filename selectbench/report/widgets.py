@@ -184,7 +184,7 @@ def attention_view(model, text, tokenizer=None) -> Panel:
     frame = lru_cache(8)(lambda text: inside.relevance_frame(model, text, tokenizer))
     layers = lru_cache(8)(lambda text: inside.attention_layers(model, text, tokenizer))
     typed = widgets.Text(text, description="text", continuous_update=False, layout={"width": "98%"})
-    controls = {"text": typed, "by": select("relevance by", inside.EXPLANATIONS, "mambalrp"),
+    controls = {"text": typed, "by": select("relevance by", sorted(inside.EXPLANATIONS, key=lambda e: e != "mambalrp")),
                 "layer": select("layer", layers(text))}
 
     def relevance(text, by): return inside.relevance_figure(frame(text), by)
