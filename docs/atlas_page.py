@@ -78,13 +78,14 @@ def way(card, modules, books):
 
 def body(row, cards, modules, books):
     "What a row opens: the algorithm, the claim, what is registered, the authors' repository."
-    repo = row.repository
+    repo, url = row.repository, next((cards[name]["url"] for name in row.methods if cards[name]["url"]), "")
     parts = [f"<p>{prose(row.algorithm)}</p>"]
     if row.claim: parts.append(f"<p><b>The paper's claim</b> {prose(row.claim)}</p>")
     if row.data: parts.append(f"<p><b>Data it needs</b> {prose(row.data)}</p>")
     parts += [way(cards[name], modules, books) for name in row.methods]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", repo or ""):
         parts.append(f'<p><b>Authors\' code</b> <a href="https://github.com/{repo}">{escape(repo)}</a></p>')
+    if url.startswith("http"): parts.append(f'<p><b>Paper</b> <a href="{escape(url)}">{escape(url)}</a></p>')
     return "".join(parts)
 
 

@@ -384,7 +384,10 @@ def methods_page(rows, names, books, used):
                                         paper(row), shown(row, books, used), key]) + " |")
     head = (f"# Methods\n\n{len(rows)} methods are registered. Each passes the same conformance checks; *signals* are "
             "what it must be given, *atlas* is its row in the [atlas of papers](atlas.md).\n\n")
-    return head + ("```{table}\n:class: catalogue\n:align: left\n\n" + "\n".join(lines) + "\n```\n" if rows else "")
+    box = ('<input type="search" class="filter" aria-label="Filter the methods" '
+           'placeholder="Filter: a name, a signal, a word of a title">\n\n')
+    table = "```{table}\n:class: catalogue\n:align: left\n\n" + "\n".join(lines) + "\n```\n"
+    return head + (box + table if rows else "")
 
 
 # Building
