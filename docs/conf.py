@@ -11,6 +11,7 @@ extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx_copybutton"]
 
 nb_execution_mode = "off"  # pages show the outputs that the notebooks store
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # computed prose may hold tables and formulas
 nb_output_stderr = "remove"
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"

@@ -12,6 +12,7 @@ HIDDEN = re.compile(r"<!--.*?-->|(<script\b[^>]*>).*?</script>", re.S | re.I)  #
 MAIN, MAIN_END = re.compile(r"<main\b", re.I), re.compile(r"</main>", re.I)
 TAG = re.compile(r"""<([a-zA-Z][\w-]*)((?:\s+[^\s=>"'/]+(?:\s*=\s*(?:"[^"]*"|'[^']*'))?)+)?\s*/?>""")
 ATTRIBUTE = re.compile(r"""([^\s=>"'/]+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
+RAW = re.compile(r"(?<=<p>)\|[^<\n]*\|(?=\n|</p>)|(?<=<p>)#{1,6} [^<\n]*")  # a table or a heading left as it was typed
 PIXELS = re.compile(rb'<svg\b[^>]*?\bwidth="([\d.]+)(pt|px)?"[^>]*?\bheight="([\d.]+)(pt|px)?"', re.S)
 
 
@@ -63,6 +64,7 @@ class Page:
 
     def __init__(self, text):
         self.anchors, self.points, self.images, self.headings, self.loads = set(), [], [], [], []
+        self.raw = [found[0] for found in RAW.finditer(text)]
         text = HIDDEN.sub(lambda match: match[1] or "", text)
         start, end = (found.start() if found else None for found in (MAIN.search(text), MAIN_END.search(text)))
         for match in TAG.finditer(text):
@@ -119,6 +121,11 @@ def load_faults(page):
     yield from (f"loads {url}" for url in away)
 
 
+def raw_faults(page):
+    "Markdown that came out as it was typed."
+    yield from (f"markdown left as typed: {text[:40]}" for text in page.raw)
+
+
 def faults(folder):
     "Every (page, what is wrong) of a built site."
     folder = Path(folder).resolve()
@@ -128,4 +135,4 @@ def faults(folder):
              if path.suffix == ".html" and "_static" not in path.relative_to(folder).parts}
     return [(Path(path).relative_to(folder).as_posix(), wrong) for path, page in pages.items()
             for wrong in [*broken(path, page, pages, there, str(folder)), *image_faults(page), *heading_faults(page),
-                          *load_faults(page)]]
+                          *load_faults(page), *raw_faults(page)]]

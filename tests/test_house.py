@@ -227,6 +227,7 @@ def test_broken_links_are_seen(tmp_path):
     ('<h1>A</h1><a href="/a.html">root</a>', "not a relative link /a.html"),
     ('<h1>A</h1><a href="file:///a.html">disk</a>', "not a relative link file:///a.html"),
     ('<h1>A</h1><a href="../a.html">up</a>', "a link out of the site ../a.html"),
+    ("<h1>A</h1><p>| a | b |\n| --- | --- |</p>", "markdown left as typed: | a | b |"),
     ('<h1>A</h1><script src="https://example.org/x.js"></script>', "loads https://example.org/x.js"),
 ])
 def test_faults_of_a_page_are_seen(tmp_path, html, wrong):
