@@ -90,7 +90,7 @@ def routed_tokens(trace, layer=None, tokens=None) -> pd.DataFrame:
                          "experts": [" ".join(map(str, row[row >= 0])) for row in experts],
                          "entropy": _router_entropy(trace, layer)})
 
-
+# %% ../../nbs/report/inside.ipynb #0d5d77d4
 def routed_layers(trace) -> pd.DataFrame:
     "One row per layer: those of `load_balance`, and `router_entropy`, the mean over tokens, in bits."
     rows = [load_balance(trace.experts[at].numpy(), n_experts=_n_experts(trace, at)) for at in trace.layers]

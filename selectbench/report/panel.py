@@ -85,13 +85,15 @@ class Panel(widgets.VBox):
     top to bottom; `stills`: for pictures that are widgets, functions that give what stands where no kernel runs."""
     def __init__(self, about, controls, pictures, rows, stills=None):
         self.about, self.controls, self._draws, self._stills = about, dict(controls), dict(pictures), stills or {}
-        self.pictures = {n: widgets.Box([widgets.HTML()], layout={"overflow": "visible"}) for n in pictures}
+        shown = {"overflow": "visible"}
+        self.pictures = {name: widgets.Box([widgets.HTML()], layout=shown) for name in pictures}
         for name, control in self.controls.items():
             control.observe(lambda change, name=name: self.refresh(name), "value")
         for name in self._draws: self._show(name)
         parts = self.controls | self.pictures
         wrap = widgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="6px 16px", overflow="visible")
-        super().__init__([widgets.HTML(_STYLE + _KEYS), *(widgets.Box([parts[n] for n in row], layout=wrap) for row in rows)])
+        lines = [widgets.Box([parts[name] for name in row], layout=wrap) for row in rows]
+        super().__init__([widgets.HTML(_STYLE + _KEYS), *lines])
         self.add_class("sb-panel")
 
     def _values(self, draw):
@@ -116,14 +118,20 @@ class Panel(widgets.VBox):
         for name, draw in self._draws.items():
             if control in inspect.signature(draw).parameters: self._show(name)
 
-    def still(self) -> str:
-        "The pictures as they stand, as HTML: what is left where no kernel runs."
-        return "".join(f"<div>{self._made(n, self._stills.get(n, draw))}</div>" for n, draw in self._draws.items())
+# %% ../../nbs/report/panel.ipynb #57a49531
+def _still(self) -> str:
+    "The pictures as they stand, as HTML: what is left where no kernel runs."
+    made = {n: self._made(n, draw) for n, draw in self._stills.items()}
+    return "".join(f"<div>{made.get(n) or slot.children[0].value}</div>" for n, slot in self.pictures.items())
 
-    def _repr_mimebundle_(self, **kwargs):
-        bundle = super()._repr_mimebundle_(**kwargs)
-        controls = ", ".join(self.controls)
-        return bundle | {"text/html": self.still(), "text/plain": f"{self.about}. Controls: {controls}"}
+
+def _bundle(self, **kwargs):
+    "The live view, and for pages without a kernel its pictures and a sentence."
+    said = f"{self.about}. Controls: {', '.join(self.controls)}"
+    return widgets.VBox._repr_mimebundle_(self, **kwargs) | {"text/html": self.still(), "text/plain": said}
+
+
+Panel.still, Panel._repr_mimebundle_ = _still, _bundle
 
 # %% ../../nbs/report/panel.ipynb #c7342502
 _LIVE = "application/vnd.jupyter.widget-view+json"

@@ -85,7 +85,7 @@ def _beside(sides, pool, n, width):
         for c in what: out[f"{name}: {c}"] = frame[c].to_numpy()
     return out
 
-
+# %% ../../nbs/report/picks.ipynb #7f9bf86d
 def picks(selection, pool,
           n=12,       # how many to show
           seed=0,     # of the random pick beside it
@@ -136,9 +136,8 @@ def scatter_figure(selection, pool, embeddings=None, at=None):
 
 # %% ../../nbs/report/picks.ipynb #8177801e
 def composition(selection, pool, by=None) -> pd.DataFrame:
-    """One row per class (`by="y"`) or domain (`"groups"`; the first there is unless given): share in the
-    `pool` and in the `pick`, the central 95 % of a random pick's share, `low` to `high`, and the `verdict` more, less or
-    as chance.
+    """One row per class (`by="y"`) or domain (`"groups"`; the first there is unless given): share in the `pool` and in
+    the `pick`, the central 95 % of a random pick's share, `low` to `high`, the `verdict` more, less or as chance.
 
     ValueError for a selection of another pool and a pool without classes and domains. Hypergeometric; not corrected
     for the number of classes."""

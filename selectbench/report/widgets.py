@@ -68,48 +68,9 @@ def _behind(studies, pools, cell, seed):
     return [made] if pool is None else [picks.picks(made, views.cell_pool(studies[name], pool, seed), n=8), made]
 
 
-def explore(
-    results,    # a Study, a list of them (one per pool) or their DataFrame
-    pool=None,  # the Pool that a study chooses from, or a dict task -> Pool: to see what was picked
-) -> Panel:
-    """A study as linked views: curves with intervals, a win/loss matrix against any baseline, a ranking with its
-    critical difference, and the selection behind a cell, which a click or the list of cells opens.
-
-    The same without controls: `views.curves_figure`, `views.differences`, `views.ranking`, `views.cell_selection`.
-    ValueError as for `views.results_of`."""
-    table = views.results_of(results)
-    good = table[table["error"] == ""]
-    studies = {s.task.name: s for s in (results if isinstance(results, list | tuple) else [results])
-               if isinstance(s, Study)}
-    controls = _study_controls(good)
-    pick = lambda pools, methods, budgets, metric: dict(
-        pools=pools or None, methods=methods or None, budgets=budgets or None, metric=metric)
-
-    def opened(cell): controls["cell"].value = cell
-
-    def curves(pools, methods, budgets, metric):
-        return views.curves_figure(table, **pick(pools, methods, budgets, metric))
-
-    def ranking(pools, methods, budgets, metric):
-        return views.ranking_figure(views.ranking(table, **pick(pools, methods, budgets, metric)))
-
-    def gains(pools, methods, budgets, metric, baseline):
-        return views.differences(table, baseline, **pick(pools, methods, budgets, metric))
-
-    def matrix(pools, methods, budgets, metric, baseline):
-        return _matrix(gains(pools, methods, budgets, metric, baseline), baseline, opened)
-
-    def still(pools, methods, budgets, metric, baseline):
-        return views.win_loss_figure(gains(pools, methods, budgets, metric, baseline), baseline)
-
-    def behind(cell, seed, baseline, metric):
-        said = _worth(good[good["metric"] == metric], cell, seed, baseline)
-        return [sentence(said), *_behind(studies, pool, cell, seed)]
-
-    rows = [["pools", "methods", "budgets", "metric", "baseline"], ["curves", "ranking"], ["cell", "seed"],
-            ["matrix", "behind"]]
-    pictures = {"curves": curves, "ranking": ranking, "matrix": matrix, "behind": behind}
-    return Panel("A study", controls, pictures, rows, {"matrix": still})
+def _choice(pools, methods, budgets, metric):
+    "Arguments of `views.chosen` from the controls: nothing chosen is all of it."
+    return dict(pools=pools or None, methods=methods or None, budgets=budgets or None, metric=metric)
 
 
 def _study_controls(good):
@@ -126,6 +87,46 @@ def _study_controls(good):
         "baseline": select("baseline", sorted(good["method"].unique(), key=lambda m: m != "random")),
         "cell": select("cell", [(f"{p}, {m}, {b:,}", (p, m, b)) for p, m, b in cells]),
         "seed": select("seed", sorted(good["seed"].unique().tolist()))}
+
+# %% ../../nbs/report/widgets.ipynb #8495235c
+def explore(
+    results,    # a Study, a list of them (one per pool) or their DataFrame
+    pool=None,  # the Pool that a study chooses from, or a dict task -> Pool: to see what was picked
+) -> Panel:
+    """A study as linked views: curves with intervals, a win/loss matrix against any baseline, a ranking with its
+    critical difference, and the selection behind a cell, which a click or the list of cells opens.
+
+    The same without controls: `views.curves_figure`, `views.differences`, `views.ranking`, `views.cell_selection`.
+    ValueError as for `views.results_of`."""
+    table = views.results_of(results)
+    good = table[table["error"] == ""]
+    given = results if isinstance(results, list | tuple) else [results]
+    studies, controls = {s.task.name: s for s in given if isinstance(s, Study)}, _study_controls(good)
+
+    def curves(pools, methods, budgets, metric):
+        return views.curves_figure(table, **_choice(pools, methods, budgets, metric))
+
+    def ranking(pools, methods, budgets, metric):
+        return views.ranking_figure(views.ranking(table, **_choice(pools, methods, budgets, metric)))
+
+    def gains(pools, methods, budgets, metric, baseline):
+        return views.differences(table, baseline, **_choice(pools, methods, budgets, metric))
+
+    def matrix(pools, methods, budgets, metric, baseline):
+        opened = lambda cell: controls["cell"].set_trait("value", cell)
+        return _matrix(gains(pools, methods, budgets, metric, baseline), baseline, opened)
+
+    def still(pools, methods, budgets, metric, baseline):
+        return views.win_loss_figure(gains(pools, methods, budgets, metric, baseline), baseline)
+
+    def behind(cell, seed, baseline, metric):
+        said = _worth(good[good["metric"] == metric], cell, seed, baseline)
+        return [sentence(said), *_behind(studies, pool, cell, seed)]
+
+    pictures = {"curves": curves, "ranking": ranking, "matrix": matrix, "behind": behind}
+    rows = [["pools", "methods", "budgets", "metric", "baseline"], ["curves", "ranking"], ["cell", "seed"],
+            ["matrix", "behind"]]
+    return Panel("A study", controls, pictures, rows, {"matrix": still})
 
 # %% ../../nbs/report/widgets.ipynb #97928a21
 def look(selection, pool, embeddings=None) -> Panel:
@@ -230,7 +231,7 @@ def _entry_html(key):
     lines = [f"<tr><th>{w}</th><td>{cell}</td></tr>" for w, cell in zip(table["what"], cells, strict=True)]
     return f"<table>{''.join(lines)}</table>"
 
-
+# %% ../../nbs/report/widgets.ipynb #d6677b69
 def atlas() -> Panel:
     """The papers of the atlas: search, filter by family, needs and status, open one.
 
