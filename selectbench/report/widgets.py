@@ -260,6 +260,7 @@ def atlas() -> Panel:
 
     def entry(paper): return _entry_html(paper) if paper else sentence("No paper has all of that.")
 
-    still = lambda: found()[["title", "family", "needs", "status"]].head(8)
+    stills = {"count": lambda: found()[["title", "family", "needs", "status"]].head(8),
+              "entry": lambda paper: atlas_entry(paper) if paper else entry(paper)}  # no link: pages cannot follow it
     return Panel("The atlas", controls, {"count": count, "entry": entry},
-                 [["search", "family", "needs", "status", "count"], ["paper"], ["entry"]], {"count": still})
+                 [["search", "family", "needs", "status", "count"], ["paper"], ["entry"]], stills)
