@@ -432,7 +432,7 @@ def search_study(pool, *, kind="class", batches=16, size=60, width=24, lr=3e-3, 
     `gain`: mean test loss of `orders` random orders less that of the chosen, really trained; `gradients`: batch
     gradients spent, two for a Hessian product; ways: "replay", "visited" (the same with the run's own gradients),
     "equal" (best of as many retrainings as the replay's gradients pay for, mean of 200 draws), "all" (best of all
-    `orders`), "blind" (control: what shuffled prices choose), "worst" (highest price)."""
+    `orders`), "blind" (control: what shuffled prices choose, mean of 20), "worst" (highest price)."""
     train, price, test = table_batches(pool, kind, batches=batches, size=size, split=split)
     rows = []
     for seed in range(seeds):
@@ -446,10 +446,11 @@ def search_study(pool, *, kind="class", batches=16, size=60, width=24, lr=3e-3, 
         known, losses = order_losses(run, params, price)[:, 0], order_losses(run, params, test)[:, 0]
         afford = min(orders, max(1, spent // batches))
         draws = np.stack([rng.choice(orders, afford, replace=False) for _ in range(200)])
-        picks = [cheap[cheap_prices.argmin()], *found[[prices.argmin(), rng.integers(candidates), prices.argmax()]]]
+        at = [prices.argmin(), prices.argmax(), *rng.integers(candidates, size=20)]
+        picks = [cheap[cheap_prices.argmin()], *found[at]]
         after = order_losses(run, retrain(run, picks), test)[:, 0]
-        got = {"visited": (after[0], len(run.terms)), "replay": (after[1], spent), "blind": (after[2], spent),
-               "worst": (after[3], spent),
+        got = {"visited": (after[0], len(run.terms)), "replay": (after[1], spent), "worst": (after[2], spent),
+               "blind": (after[3:].mean(), spent),
                "equal": (losses[draws[np.arange(200), known[draws].argmin(1)]].mean(), afford * batches),
                "all": (losses[known.argmin()], orders * batches)}
         rows += [{"seed": seed, "way": way, "gain": float(losses.mean() - loss), "spread": float(losses.std()),
