@@ -50,10 +50,11 @@ lab: $(TEST)  ## open JupyterLab on the notebooks
 docs: $(TEST)  ## build the site into _docs
 	@$(BIN)/python docs/build.py site
 
-reports: $(TEST)  ## run the reports again at full size, in place
+reports: $(TEST)  ## run the reports again at full size, in place, and the tour for the home page
 	@for nb in $(MINE); do \
 	  SELECTBENCH_SIZE=full $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace $$nb \
 	  && $(BIN)/nbdev_clean --fname $$nb && echo "$$nb done" || exit 1; done
+	@$(BIN)/python docs/build.py tour
 
 export: $(TEST)  ## write the package, the list of methods and README from the notebooks
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
