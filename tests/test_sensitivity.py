@@ -13,6 +13,7 @@ from selectbench.evals.sensitivity import (
     arrangement,
     correct,
     delimiter_brittleness,
+    every_order,
     format_scores,
     kendall_tau,
     leaderboard_sensitivity,
@@ -22,6 +23,7 @@ from selectbench.evals.sensitivity import (
     seed_agreement,
     solved,
     training_rows,
+    word_facts,
 )
 from selectbench.zoo.tokenizer import ByteTokenizer
 
@@ -196,6 +198,31 @@ def test_rows_for_training():
             possible[form.delimiter.join(solved(part, form))] = said
     for row in range(2):
         assert possible[tokenizer.decode(rows.tokens[row])] == tokenizer.decode(rows.tokens[row, 1:][rows.mask[row]])
+
+
+def test_formats_are_drawn_apart_from_questions():
+    "Questions that were drawn from the same seed as the formats meet each of them."
+    drawn = np.random.default_rng(3).integers(4, size=400)
+    items = Questions([f"q{d}" for d in drawn], [["red", "blue"]] * 400, [0] * 400)
+    forms = [Format("AB"), Format("12"), Format("ab"), Format("AB", scoring="cloze")]
+    rows, tokenizer = training_rows(items, forms, ByteTokenizer(), shots=1, seed=3), ByteTokenizer()
+    texts = [tokenizer.decode(row) for row in rows.tokens]
+    assert len({(t.split()[1], t.split()[3]) for t in texts}) == 16
+
+
+def test_words_that_a_group_uses_beyond_others():
+    pool = SimpleNamespace(texts=["alpha common", "alpha common numpy", "beta common", "beta gamma common xyz"],
+                           groups=np.array([0, 0, 1, 1]), group_names=["numpy", "scipy"])
+    assert word_facts(pool, 1) == [("alpha", 0), ("beta", 1)]
+    assert word_facts(pool, 2)[2:] == [("beta", 1), ("gamma", 1)]
+    with pytest.raises(ValueError, match="`each`"): word_facts(pool, 5)
+
+
+def test_every_order_is_asked():
+    items = every_order([("alpha", 0), ("beta", 2)], ["x", "y", "z"])
+    assert len(items) == 12 and len({(s, *o) for s, o in zip(items.stems, items.options, strict=True)}) == 12
+    assert [o[g] for o, g in zip(items.options, items.gold, strict=True)] == ["x"] * 6 + ["z"] * 6
+    assert np.bincount(items.gold).tolist() == [4, 4, 4] and items.stems[0] == "Answer for alpha:"
 
 
 def test_seeds_are_compared_in_pairs():

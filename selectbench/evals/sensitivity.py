@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['ORDERS', 'SCORINGS', 'Questions', 'Format', 'arrangement', 'rendered', 'solved', 'option_scores', 'format_scores',
            'correct', 'kendall_tau', 'ranks', 'leaderboard_sensitivity', 'delimiter_brittleness', 'training_rows',
-           'train_leaderboard', 'leaderboard_scores', 'seed_agreement']
+           'train_leaderboard', 'leaderboard_scores', 'seed_agreement', 'word_facts', 'every_order']
 
 # %% ../../nbs/evals/sensitivity.ipynb #6d6c9d4f
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 
 import numpy as np
 import pandas as pd
@@ -61,8 +64,8 @@ ORDERS, SCORINGS = ("given", "random", "lines"), ("symbol", "hybrid", "cloze")
 class Format:
     "How a question is put to a model and how its answer is read. ValueError for a bad part, by its name."
     symbols: Sequence = ("A", "B", "C", "D")  # one for each place
-    order: str | int = "given"   # of options; "random"; "lines": as random, each takes its symbol along; or gold's place
-    scoring: str = "symbol"      # likelihood of the symbol; of the listed text, "hybrid"; of the text not listed, "cloze"
+    order: str | int = "given"   # of options; "random"; "lines": random, each takes its symbol along; or gold's place
+    scoring: str = "symbol"      # likelihood of the symbol; of the listed text, "hybrid"; of text not listed, "cloze"
     delimiter: str = "\n\n"      # after each solved example
     seed: int = 0                # of random orders
 
@@ -271,7 +274,7 @@ def training_rows(
 
     ValueError for fewer than `shots` questions."""
     if not 1 <= shots <= len(items): raise ValueError(f"`shots` must lie in [1, {len(items)}], got {shots}")
-    which = np.random.default_rng(seed).integers(len(formats), size=len(items) // shots)
+    which = np.random.default_rng([seed, 13]).integers(len(formats), size=len(items) // shots)
     parts = [_solved_rows(items, np.flatnonzero(which == f), form, tokenizer, shots) for f, form in enumerate(formats)]
     width, begin = max((len(ids) for part in parts for ids, _ in part)), tokenizer.eot
     pad = lambda x, fill: np.concatenate([x, np.full(width - len(x), fill)])
@@ -302,12 +305,12 @@ def train_leaderboard(
     rows,     # see `training_rows`
     tokenizer,
     *, seeds=(0, 1, 2), steps=400, batch_size=16, lr=1e-2, block=256,  # `block`: what the models read when asked
-    device="cpu",
+    device="cpu", **recipe,  # more of `train_lm`
 ) -> dict:
     "name -> a TrainedLM for each of `seeds`, trained on `rows`; every training is cached."
     tokens = round(steps * batch_size * rows.mask.sum() / len(rows))
     train = lambda config, seed: replace(train_lm(config, rows, tokens, seed, tokenizer=tokenizer, lr=lr, device=device,
-                                                  batch_size=batch_size, checkpoint_every=0), block=block)
+                                                  batch_size=batch_size, checkpoint_every=0, **recipe), block=block)
     return {name: [train(config, s) for s in seeds] for name, config in configs.items()}
 
 
@@ -322,9 +325,36 @@ def leaderboard_scores(configs, rows, tokenizer, items, formats, demonstrations=
 def seed_agreement(scores, y, form=0) -> pd.DataFrame:
     """One row per pair of seeds of training: `tau` and `rank_shift` between their rankings in the one format `form`.
 
-    `scores` f32[s, m, n, j, r]. What a change of format should be compared with. ValueError for fewer than two seeds."""
+    `scores` f32[s, m, n, j, r]. What a change of format is compared with. ValueError for fewer than two seeds."""
     if len(scores) < 2: raise ValueError(f"`scores` must be of at least two seeds, got {len(scores)}")
     a = np.array([correct(s[:, :, form: form + 1], y)[0].mean(0) for s in scores])
     i, j = np.triu_indices(len(a), 1)
     shift = np.abs(ranks(a[i]) - ranks(a[j])).max(1)
     return pd.DataFrame({"first": i, "second": j, "tau": kendall_tau(a[i], a[j]), "rank_shift": shift})
+
+# %% ../../nbs/evals/sensitivity.ipynb #a23b8549
+def word_facts(pool, each=8, common=1500) -> list:
+    """(word, group) pairs: for each group of a pool of texts the `each` words that it uses most beyond the others.
+
+    Of the `common` words that most texts have, group names left out; ValueError for fewer than `each` words."""
+    words = [set(re.findall(r"[a-z]{4,}", t.lower())) - set(pool.group_names) for t in pool.texts]
+    count = Counter(w for ws in words for w in sorted(ws))
+    often = {w: i for i, (w, _) in enumerate(sorted(count.items(), key=lambda x: (-x[1], x[0]))[:common])}
+    if not 1 <= each <= len(often): raise ValueError(f"`each` must lie in [1, {len(often)}], got {each}")
+    pairs = [(g, often[w]) for g, ws in zip(pool.groups, words, strict=True) for w in ws if w in often]
+    group, word = np.array(pairs).T
+    used = np.ones((len(pool.group_names), len(often)))
+    np.add.at(used, (group, word), 1)
+    rate = used / (np.bincount(pool.groups, minlength=len(used))[:, None] + 1)
+    top = np.argsort(-rate / rate.sum(0), axis=1, kind="stable")[:, :each]
+    return [(list(often)[w], g) for g, row in enumerate(top.tolist()) for w in row]
+
+
+def every_order(facts, names) -> Questions:
+    """Each of `facts`, (word, group), asked with `names` of the groups as options in each of their orders.
+
+    The word stands in the stem. What a model was not trained on can be set apart by word and order."""
+    orders = list(permutations(range(len(names))))
+    asked = [(word, group, order) for word, group in facts for order in orders]
+    return Questions(["which"] * len(asked), [[names[i] for i in order] for *_, order in asked],
+                     [order.index(group) for _, group, order in asked], [f"Answer for {w}:" for w, *_ in asked])
