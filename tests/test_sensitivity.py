@@ -111,12 +111,12 @@ def test_scores_are_those_of_one_option_at_a_time(form):
 
 def test_planted_models():
     "Who always takes the first: 1 with gold first, 0 elsewhere, its share at random. Who reads content: no change."
-    items, first = many(200), [fake(Unigram())]
+    items, first = many(100), [fake(Unigram())]
     forms = [Format(order=o) for o in ("given", 0, 1, 2, 3, "random")]
     accuracy = correct(format_scores(first, items, forms), items.gold).mean((1, 2))
     stands, _ = arrangement(items, forms[-1])
     assert accuracy[:5].tolist() == [0.25, 1, 0, 0, 0] and accuracy[5] == (stands[:, 0] == items.gold).mean()
-    assert abs(accuracy[5] - 0.25) < 3 * np.sqrt(0.25 * 0.75 / 200)
+    assert abs(accuracy[5] - 0.25) < 3 * np.sqrt(0.25 * 0.75 / 100)
     last = [fake(Unigram(best="D"))]
     board = format_scores(first + last, items, [forms[0], forms[1], forms[4]])
     assert leaderboard_sensitivity(board, items.gold).rank_shift.tolist() == [0, 0.5, 0.5]
@@ -161,15 +161,15 @@ def board(rng, accuracy, n=60):
 
 
 def test_level_and_power():
-    "200 leaderboards on which format means nothing are rejected at most as often as the level says; others are not."
+    "100 leaderboards on which format means nothing are rejected at most as often as the level says; others are not."
     rng, skill = np.random.default_rng(0), np.linspace(0.4, 0.8, 5)
     null, far = [], []
-    for _ in range(200):
+    for _ in range(100):
         scores, y = board(rng, np.stack([skill, skill], 1))
         null.append(leaderboard_sensitivity(scores, y, draws=99).loc[1, ["tau_p", "change_p"]].to_numpy(float))
         far.append(delimiter_brittleness(scores, y, draws=99).range_p[0])
     share = np.c_[np.array(null), far] <= 0.05
-    assert (share.mean(0) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)).all() and (np.array(null).mean(0) > 0.42).all()
+    assert (share.mean(0) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 100)).all() and (np.array(null).mean(0) > 0.42).all()
     scores, y = board(rng, np.stack([skill, skill[::-1]], 1), 300)
     row = leaderboard_sensitivity(scores, y).loc[1]
     assert row.tau_p <= 0.05 and row.change_p == 0.001 and row.tau < 0 and row.rank_shift == 4 and row.items_tau > 0.7
