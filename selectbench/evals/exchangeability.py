@@ -153,7 +153,7 @@ def shard_log_probs(
 
 @method("evals", kind="analysis", returns="frame", deterministic=True, key="test-set-contamination-permutation",
         paper="Proving Test Set Contamination in Black Box Language Models", year=2023,
-        authors="Oren, Yonatan and Meister, Nicole and Chatterji, Niladri and Ladhak, Faisal and Hashimoto, Tatsunori B.",
+        authors="Oren, Yonatan and Meister, Nicole and Chatterji, Niladri and Ladhak, Faisal and Hashimoto, Tatsunori",
         url="https://arxiv.org/abs/2310.17623")
 def contamination(shard_log_probs) -> pd.DataFrame:
     """One row: was a test set, in its published order, in the training text of a model? Oren et al. 2023.
@@ -162,7 +162,7 @@ def contamination(shard_log_probs) -> pd.DataFrame:
     over shards; `shards`, `permutations`. Small p values speak for contamination, if the items are exchangeable.
     ValueError for fewer than two shards, no shuffle, or a gap that is the same in every shard."""
     if min(shard_log_probs.shape) < 2:
-        raise ValueError(f"`shard_log_probs` must have two shards and two orders at least, got {shard_log_probs.shape}")
+        raise ValueError(f"`shard_log_probs` must hold two shards and two orders, got {shard_log_probs.shape}")
     canonical, shuffled = shard_log_probs[:, 0], shard_log_probs[:, 1:]
     row = sharded_test(canonical, shuffled)._asdict()
     row["permutation_p_value"] = float(permutation_p_value(canonical.sum(dtype=np.float64), shuffled.sum(0)))
@@ -170,5 +170,5 @@ def contamination(shard_log_probs) -> pd.DataFrame:
 
 # %% ../../nbs/evals/exchangeability.ipynb #6d3007d5
 def contamination_test(model, items, **how) -> pd.DataFrame:
-    "`contamination` of the `shard_log_probs` of a `model` for `items`, with the options `how` of those. Errors as both."
+    "`contamination` of the `shard_log_probs` of a `model` for `items`, with their options `how`. Errors as both."
     return contamination(shard_log_probs(model, items, **how))

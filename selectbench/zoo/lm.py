@@ -80,8 +80,7 @@ def _seeded(*words):
     seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
-        # torch.manual_seed also keeps a stack trace for each kind of device that is not there, which takes longer than a
-        # step of a small model
+        # torch.manual_seed also keeps a stack trace for each kind of device that is not there: longer than a small step
         torch.default_generator.manual_seed(seed)
         for d in devices: torch.cuda.default_generators[d].manual_seed(seed)
         if torch.backends.mps.is_available(): torch.mps.manual_seed(seed)
