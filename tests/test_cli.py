@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -212,7 +213,8 @@ def tour(cache, folder, seeds, *args, method="", popen=False):
                str(folder), *args]
     how = dict(text=True, env=os.environ | {"SELECTBENCH_CACHE": str(cache)})
     if not popen: return subprocess.run(command, capture_output=True, **how)
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background is born deaf to Ctrl-C
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard, **how)
 
 
 def test_a_run_is_quiet_off_a_terminal_and_says_where_its_results_are(tmp_path):
