@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CURVATURES', 'KINDS', 'ESTIMATES', 'WORDS', 'Batches', 'make_batches', 'Recipe', 'network_loss', 'ReferenceRun',
            'reference_run', 'retrain', 'estimate_orders', 'projected_run', 'visited_run', 'order_losses',
-           'search_orders', 'replay_order', 'table_batches', 'random_orders', 'order_study', 'rank_table',
+           'random_orders', 'search_orders', 'replay_order', 'table_batches', 'order_study', 'rank_table',
            'variance_shares', 'order_report', 'search_study', 'memorisation_study']
 
 # %% ../../nbs/order/replay.ipynb #02f26a17
@@ -267,12 +267,17 @@ def order_losses(run, params, batches) -> np.ndarray:
     return each(torch.tensor(params), *batches.tensors()).numpy()
 
 # %% ../../nbs/order/replay.ipynb #b0fd31b7
+def random_orders(size, count, seed=0) -> np.ndarray:
+    "int[count, size]: permutations drawn at random; `seed` may be a numpy Generator."
+    return np.random.default_rng(seed).permuted(np.tile(np.arange(size), (count, 1)), axis=1)
+
+
 def search_orders(run, price, candidates, *, rounds=1, degree=0, curvature="exact", seed=0):
     """(orders int[m, T], estimated losses f[m] on the batches `price`): m = `rounds` x `candidates` orders.
 
     The first round is random; each later one swaps two places in orders drawn from the best tenth so far."""
     rng, size = np.random.default_rng(seed), len(run.batches)
-    draw = rng.permuted(np.tile(np.arange(size), (candidates, 1)), axis=1)
+    draw = random_orders(size, candidates, rng)
     orders, losses, rows = np.empty((0, size), dtype=np.int64), np.empty(0), np.arange(candidates)
     for r in range(rounds):
         if r:
@@ -336,11 +341,6 @@ def table_batches(pool, kind="random", *, batches=16, size=60, split=0):
     x[train], x[rest] = _standardised(pool.features[train], pool.features[rest])
     held = [[half] for half in np.array_split(rest, 2)]
     return [make_batches(x, y, p, classes=y.max() + 1) for p in (rng.permutation(parts), *held)]
-
-
-def random_orders(size, count, seed=0) -> np.ndarray:
-    "int[count, size]: permutations drawn at random."
-    return np.random.default_rng(seed).permuted(np.tile(np.arange(size), (count, 1)), axis=1)
 
 
 ESTIMATES = {"visited": {"degree": 0}, "0": {"degree": 0}, "1": {"degree": 1}, "2": {"degree": 2},
