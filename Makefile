@@ -26,7 +26,7 @@ lint: $(TEST)  ## ruff
 	@$(BIN)/ruff check selectbench nbs tests docs benchmarks
 
 notebooks: $(TEST)  ## run every notebook, reports at small size
-	@before="$$($(SUM))"; $(TESTS) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --pause 0.1 --timing \
+	@before="$$($(SUM))"; $(TESTS) OMP_NUM_THREADS=1 $(BIN)/python tests/notebooks.py \
 	  && test "$$before" = "$$($(SUM))" || { echo "a notebook failed, or wrote into nbs or figures at small size"; exit 1; }
 
 unit: $(TEST)  ## pytest
