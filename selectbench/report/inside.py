@@ -49,7 +49,9 @@ def token_figure(tokens, colours, marks=None, title="", width=76):
         y = (line + 1) * step
         ax.add_patch(plt.Rectangle((column + .06, y - 1.1), len(token) - .12, 1.05, color=colours[i], lw=0))
         ax.text(column, y - .32, token, fontsize=9.5, family="monospace", parse_math=False)
-        if marks is not None: ax.text(column + .1, y - 1.22, marks[i], fontsize=6, family="monospace")
+        if marks is None: continue
+        size = 8 if len(str(marks[i])) <= len(token) else 6  # a longer one would run into the next
+        ax.text(column + .1, y - 1.22, marks[i], fontsize=size, family="monospace")
     if title: ax.set_title(title, fontsize=10, loc="left", pad=3)
     return fig
 
@@ -122,7 +124,7 @@ def load_figure(trace, layer=None):
     fig, ax = plt.subplots(figsize=(5.2, 2.2), layout="constrained")
     ax.bar(load["expert"], load["load"], color=expert_colours(len(load), .9))
     ax.axhline(1 / len(load), color="k", ls="--", lw=1)
-    ax.set(xlabel="expert", ylabel="share of tokens", xticks=load["expert"])
+    ax.set(xlabel="expert", ylabel="share of assignments", xticks=load["expert"])
     ax.set_title(f"entropy of the load {row.entropy:.2f} of {np.log2(len(load)):.2f} bits, "
                  f"of the router {row.router_entropy:.2f}", fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
@@ -175,13 +177,15 @@ def attention_figure(matrix, tokens, title=""):
     "A layer of `attention_layers` as an image, with the tokens where there are at most 48; each row over its largest."
     scaled = matrix / np.maximum(matrix.max(1, keepdims=True), 1e-300)
     scaled = np.ma.masked_where(np.triu(np.ones_like(scaled), 1) > 0, scaled)
-    fig, ax = plt.subplots(figsize=(5.4, 5.2), layout="constrained")
+    named = len(tokens) <= 48
+    side = max(5.3, .14 * len(tokens) + 1.4) if named else 5.3
+    fig, ax = plt.subplots(figsize=(side, side), layout="constrained")
     ax.imshow(scaled, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     ax.set(xlabel="takes from", ylabel="position")
-    if len(tokens) <= 48:
+    if named:
         names = [visible(t) for t in tokens]
-        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=6, family="monospace")
-        ax.set_yticks(range(len(names)), names, fontsize=6, family="monospace")
+        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=8, family="monospace")
+        ax.set_yticks(range(len(names)), names, fontsize=8, family="monospace")
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(title, fontsize=9)
     return fig
