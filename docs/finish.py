@@ -13,6 +13,7 @@ MAIN, MAIN_END = re.compile(r"<main\b", re.I), re.compile(r"</main>", re.I)
 TAG = re.compile(r"""<([a-zA-Z][\w-]*)((?:\s+[^\s=>"'/]+(?:\s*=\s*(?:"[^"]*"|'[^']*'))?)+)?\s*/?>""")
 ATTRIBUTE = re.compile(r"""([^\s=>"'/]+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
 RAW = re.compile(r"(?<=<p>)\|[^<\n]*\|(?=\n|</p>)|(?<=<p>)#{1,6} [^<\n]*")  # a table or a heading left as it was typed
+HEAD = re.compile(r"(?<=<th>)[^<]*_[^<]*(?=</th>)")
 PIXELS = re.compile(rb'<svg\b[^>]*?\bwidth="([\d.]+)(pt|px)?"[^>]*?\bheight="([\d.]+)(pt|px)?"', re.S)
 
 
@@ -51,11 +52,21 @@ def anchored(text, folder):
     return re.sub(r'data-section href="([^"#]+)#([^"]*)"', check, text)
 
 
+def widened(text):
+    "A page's text with a class for pages without a list of sections, whose place is kept free elsewhere."
+    return text if "bd-sidebar-secondary" in text else text.replace('class="bd-content"', 'class="bd-content wide"', 1)
+
+
+def wrapping(text):
+    "A page's text in which the heads of columns may break after an underscore."
+    return HEAD.sub(lambda match: match[0].replace("_", "_<wbr>"), text)
+
+
 def finish(folder):
-    "Sizes on images and anchors of links, in every page of a built site."
+    "Sizes on images, anchors of links, columns of the page and heads of tables, in every page of a built site."
     for path in Path(folder).rglob("*.html"):
         text = path.read_text(encoding="utf-8")
-        done = anchored(sized(text, path.parent), path.parent)
+        done = wrapping(widened(anchored(sized(text, path.parent), path.parent)))
         if done != text: path.write_text(done, encoding="utf-8")
 
 
