@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SETUP = """
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -45,11 +43,6 @@ CELLS = [SETUP, "explore(study, pool)",
 PANELS = ("explore", "look", "router_view", "attention_view", "atlas")
 LABS = {"notebook-extension/tracker": {"windowingMode": "none"},
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
-
-
-def wanting(why):
-    "Skip with `why`, or fail where SELECTBENCH_BROWSER says that there must be a browser."
-    (pytest.fail if os.environ.get("SELECTBENCH_BROWSER") else pytest.skip)(f"no browser test: {why}")
 
 
 def write(folder):
@@ -107,18 +100,12 @@ def jupyterlab(folder):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def page(browser, tmp_path_factory):
     "The notebook in a browser of 1,280 px, every cell run."
-    if BROWSER is None: wanting("there is no chromium; on Debian `make test-browser` installs it")
-    try: from playwright.sync_api import sync_playwright
-    except ImportError: wanting("playwright is not installed; it comes with the extra `dev`")
-    with jupyterlab(tmp_path_factory.mktemp("lab")) as at, sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
-        try:
-            page = browser.new_page(viewport={"width": 1280, "height": 900})
-            opened(page, at("lab/tree/panels.ipynb"))
-            yield page
-        finally: browser.close()
+    with jupyterlab(tmp_path_factory.mktemp("lab")) as at:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        opened(page, at("lab/tree/panels.ipynb"))
+        yield page
 
 
 def opened(page, address):

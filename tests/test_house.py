@@ -184,14 +184,6 @@ def test_light_import(command):
 # The site
 
 
-@pytest.fixture(scope="session")
-def pages():
-    "The site, built anew where something changed."
-    done = run(sys.executable, "docs/build.py", "site")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return ROOT / "_docs"
-
-
 @pytest.mark.timeout(600)
 def test_site(pages):
     "It builds without warnings, has a page for every notebook and module, and every internal link resolves."
