@@ -123,7 +123,7 @@ def _grid(ax, table, text):
     ax.imshow(table.to_numpy() ** .5, cmap="GnBu", aspect="auto", vmax=1.5 * table.to_numpy().max() ** .5)
     ax.set_xticks(range(table.shape[1]), table.columns, rotation=40, ha="left", rotation_mode="anchor", fontsize=8)
     ax.xaxis.tick_top()
-    ax.set_yticks(range(table.shape[0]), table.index)
+    ax.set_yticks(range(table.shape[0]), table.index, fontsize=9)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     for i, row in enumerate(table.to_numpy()):
@@ -141,12 +141,12 @@ def atlas_figure(most=14,  # signals with a column of their own
     papers, here, signals = field["papers"], field["here"], field["signals"]
     total = papers.assign(all=papers.sum(axis=1))
     done = here.assign(all=here.sum(axis=1))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, .36 * len(papers) + 1.9), layout="constrained", sharey=True,
-                                      gridspec_kw={"width_ratios": [total.shape[1], signals.shape[1] * .72]})
-    _grid(left, total, lambda i, j: f"{done.iat[i, j]} / {total.iat[i, j]}" if done.iat[i, j] else f"{total.iat[i, j]}")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8.5, .34 * len(papers) + 1.5), layout="constrained", sharey=True,
+                                      gridspec_kw={"width_ratios": [total.shape[1], signals.shape[1] * .53]})
+    _grid(left, total, lambda i, j: f"{done.iat[i, j]}/{total.iat[i, j]}" if done.iat[i, j] else f"{total.iat[i, j]}")
     _grid(right, signals, lambda i, j: f"{signals.iat[i, j]}")
-    left.set_xlabel("all papers, by what running them needs: here / papers")
-    right.set_xlabel("papers that are here, by the signals their methods read")
+    left.set_xlabel("all papers, by what running them needs: here/papers", fontsize=8)
+    right.set_xlabel("papers that are here, by the signals their methods read", fontsize=8)
     return fig
 
 
