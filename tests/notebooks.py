@@ -9,7 +9,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HEAVY = ["torch", "numba", "sklearn", "pandas", "matplotlib.pyplot", "IPython"]  # imported once; nothing of our own
+HEAVY = ["torch", "numba", "sklearn", "scipy.stats", "pandas", "matplotlib.pyplot", "ot", "nbdev.test",  # imported once
+         "transformers.models.llama.modeling_llama", "transformers.models.mamba.modeling_mamba"]
 
 
 def run(path, root, skip):

@@ -592,9 +592,9 @@ def test_unevaluated_call_is_keyed_without_evaluating(tmp_path):
 
 def test_key_of_a_small_call_takes_less_than_a_millisecond():
     ask.key(1)
-    start = time.perf_counter()
+    start = time.process_time()
     for i in range(200): ask.key(i, {"k": 2.5})
-    assert (time.perf_counter() - start) / 200 < 1e-3
+    assert (time.process_time() - start) / 200 < 1e-3
 
 # ---------------------------------------------------------------------------------------------- what may not be opened
 

@@ -114,7 +114,7 @@ def test_tuned_settings_are_told_apart(task):
     rows = Study(task, ["herding", Setting("herding", {}, label="herding tuned", trials=5)], budgets=[5], seeds=1).run()
     rows = rows.set_index("method")
     assert rows.loc["herding", "settings"] == "default" and rows.loc["herding tuned", "settings"] == "tuned"
-    assert rows.loc["herding tuned", "total_seconds"] > 4 * rows.loc["herding tuned", "evaluate_seconds"]
+    assert rows.loc["herding tuned", "total_seconds"] > 2 * rows.loc["herding tuned", "evaluate_seconds"]
 
 
 @pytest.mark.parametrize("bad", [{"budgets": []}, {"seeds": [1, 1]}, {"methods": ["herding", "herding"]}])
