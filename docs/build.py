@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -57,10 +58,12 @@ def public(module):
 
 
 class Names:
-    "Public names of the package: how a name in backticks finds its entry in the reference."
+    """Public names of the package: how a name in backticks finds its entry in the reference.
 
-    def __init__(self, modules):
-        self.modules, self.full, seen = modules, {}, {}
+    A plain word, such as `draw`, is one only on the page of its module, with brackets, or if a method has that name."""
+
+    def __init__(self, modules, methods=()):
+        self.modules, self.methods, self.full, seen = modules, set(methods), {}, {}
         for module in modules.values():
             for name in public(module): seen.setdefault(name, []).append(f"{module.name}.{name}")
         for name, places in seen.items():
@@ -68,15 +71,17 @@ class Names:
             self.full |= {place: place for place in places}
         self.full |= {place.removeprefix("selectbench."): place for place in self.full.values()}
 
-    def link(self, text):
-        "Markdown with every known name in backticks outside code fences and headings turned into a link."
+    def link(self, text, here=""):
+        "Markdown, of module `here`'s page, with known names in backticks outside fences and headings turned into links."
         parts = re.split(r"(^```.*?^```|^#+ .*?$|\$\$.*?\$\$)", text, flags=re.M | re.S)
-        return "".join(part if i % 2 else CALL.sub(self.role, part) for i, part in enumerate(parts))
+        return "".join(part if i % 2 else CALL.sub(partial(self.role, here), part) for i, part in enumerate(parts))
 
-    def role(self, match):
+    def role(self, here, match):
         "A reference role for a public name, or the text as it was."
         if match[1] in self.modules: return f"{{py:mod}}`{match[1]}`"
         place = self.full.get(match[1])
+        word = match[1].isalpha() and match[1].islower() and not match[2] and match[1] not in self.methods
+        if word and place != f"{here}.{match[1]}": return match[0]
         return f"{{py:obj}}`{match[1]}{match[2] or ''} <{place}>`" if place else match[0]
 
 
@@ -117,7 +122,8 @@ def known_signals():
 def write_site():
     "Everything Sphinx reads, in build/site; what is no longer made is removed."
     modules = {name: api.Module(name, path) for name, path in api.modules().items()}
-    names, books, rows = Names(modules), notebooks(), catalogue()
+    books, rows = notebooks(), catalogue()
+    names = Names(modules, [row["name"] for row in rows])
     made = {write(SOURCE / place, json.dumps(page_of(place, nb, names, rows), sort_keys=True, indent=1))
             for place, nb in books.items()}
     made |= {write(SOURCE / f"{room}.md", room_page(room, what, books)) for room, what in ROOMS.items()
@@ -165,7 +171,7 @@ def fix_links(place, names):
         text = re.sub(r"(\]\(|src=[\"'])(?:\.\./)+figures/", rf"\g<1>{up}figures/", text)
         text = re.sub(r"\[([^\]]+)\]\((\w+)/\)", room, text)
         text = re.sub(r"\]\((?:\.\./)+CONTRIBUTING\.md", f"]({up}contributing.md", text)
-        return names.link(text)
+        return names.link(text, "selectbench." + place.removesuffix(".ipynb").replace("/", "."))
     return fix
 
 
@@ -234,7 +240,8 @@ def write_reference(modules, names, rows, books, used):
     known, made, listed = known_signals(), set(), {}
     for name, module in modules.items():
         place = "/".join(name.split(".")[1:])
-        made.add(write(SOURCE / "api" / f"{place}.md", api.page(module, names.link, facts.get(name), known)))
+        text = api.page(module, partial(names.link, here=name), facts.get(name), known)
+        made.add(write(SOURCE / "api" / f"{place}.md", text))
         listed.setdefault(name.split(".")[1] if name.count(".") > 1 else "", []).append((name, place, module.summary))
     rooms = [room for room in ["", *ROOMS] if room in listed]
     made |= {write(SOURCE / "api" / f"{room}.md", reference_room(room, listed[room])) for room in rooms if room}

@@ -9,6 +9,7 @@ import io
 import re
 import unicodedata
 from pathlib import Path
+from xml.etree import ElementTree
 
 import quickjs
 from docutils import nodes
@@ -20,6 +21,9 @@ VARIANT = re.compile(r'<m(\w) mathvariant="(double-struck|script|bold)">([^<]*)<
 STYLE = re.compile("(?:MATHEMATICAL )?(ITALIC|BOLD|SCRIPT|DOUBLE-STRUCK) (?!ITALIC|SCRIPT|FRAKTUR)")
 SIGNS = ("ℏℓ℘ȷı±×÷·′″…⋯⋮⋱‖∣∥∂∇∏∑∫√∞∈∉∋∅∀∃¬∧∨∩∪⊂⊃⊆⊇∼≈≃≅≡≠∝∗∘⋆⋅⊕⊖⊗⊙⊤⊥−∖≤≥≪≫≺≻"
          "≔←→↔↑↓↦⇐⇒⇔⟨⟩⌊⌋⌈⌉⏞⏟ˆˇ˜¯ˉ˙¨´‾")
+SCRIPTS = ("msub", "msup", "msubsup", "munder", "mover", "munderover")
+APPLY, THIN, CLOSING = "\u2061", {"width": "0.1667em"}, (")", "]", "}", "⟩")  # APPLY follows the name of a function
+BARE = {"lspace": "0", "rspace": "0"}
 SPACES = "\u00a0\u2003\u2004\u2005\u2006\u2009\u200a\u200b\u2061\u2062\u2063\u2064\n"  # with what is not drawn
 
 
@@ -43,6 +47,28 @@ def setter():
     return context.eval(SET)
 
 
+def named(element):
+    "Whether an element is the name of a function, such as log or max, perhaps with something below or above it."
+    return element.tag in SCRIPTS and any(e.text == APPLY for e in element[0]) if len(element) else False
+
+
+def tight(before, element):
+    "Whether there is no room between a function's name and what stands beside it: a bracket, an operator, a space."
+    return element.tag in ("mo", "mspace", "mtext") and not (before and element.text in CLOSING)
+
+
+def spaced(row):
+    "Give the children of a row the room that TeX gives them, where browsers leave it to the page."
+    for i, element in reversed(list(enumerate(row))):
+        left, right = row[i - 1] if i else None, row[i + 1] if i + 1 < len(row) else None
+        first = left is None or left.tag == "mo" and left.text not in CLOSING
+        if element.tag == "mo" and element.text in ("−", "+", "±") and first: element.set("form", "prefix")
+        if not (element.text == APPLY or named(element)): continue
+        start = i - 1 if element.text == APPLY else i
+        if right is not None and not tight(False, right): row.insert(i + 1, ElementTree.Element("mspace", THIN))
+        if start > 0 and not tight(True, row[start - 1]): row.insert(start, ElementTree.Element("mspace", THIN))
+
+
 @functools.cache
 def mathml(tex, block=False):
     "The `<math>` of a formula; ValueError for TeX that KaTeX does not take, or that the font has no sign for."
@@ -50,11 +76,17 @@ def mathml(tex, block=False):
     except quickjs.JSException as e: raise ValueError(f"formula {tex!r}: {e}") from None
     text = re.search(r"<math.*</math>", text, re.S)[0].replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
     text = VARIANT.sub(lambda m: f"<m{m[1]}>{''.join(styles()[c, m[2]] for c in m[3])}</m{m[1]}>", text)
-    text = re.sub(r"<mo>:</mo>\s*(?:<mrow></mrow>)?<mo>=</mo>", "<mo>≔</mo>", text)
-    shown = re.sub(r"<annotation.*?</annotation>|<[^>]*>|&\w+;", "", text, flags=re.S)
+    math = ElementTree.fromstring(text.replace("<mo>:</mo><mo>=</mo>", "<mo>≔</mo>"))
+    shown = "".join("".join(e.itertext()) for e in math[0] if e.tag != "annotation")
     lost = set(shown) - characters() - set(SPACES)
     if lost: raise ValueError(f"formula {tex!r}: {sorted(lost)} are not in docs/formulas.py")
-    return text
+    for element in list(math.iter()):
+        if element.tag in ("math", "mrow", "mstyle", "msqrt", "menclose"): spaced(element)
+        if element.tag == "mo" and element.text in ("∥", "∣") and element.attrib: element.attrib |= BARE
+        if element.tag == "munder" and element[1].text == "⏟":  # browsers draw half of a wide one
+            element.tag, element.attrib = "mrow", {"class": "braced"}
+            element.remove(element[1])
+    return ElementTree.tostring(math, encoding="unicode")
 
 
 @functools.cache

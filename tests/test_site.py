@@ -24,6 +24,18 @@ def test_formulas_are_mathml(tex, shown):
     assert shown in formulas.mathml(tex) and tex in formulas.mathml(tex)
 
 
+@pytest.mark.parametrize("tex, shown", [
+    (r"t\ln 2", '<mi>t</mi><mspace width="0.1667em" /><mi>ln</mi><mo>\u2061</mo><mspace width="0.1667em" /><mn>2</mn>'),
+    (r"\log(x)", '<mi>log</mi><mo>\u2061</mo><mo stretchy="false">('),
+    (r"\sigma(-z)", '<mo form="prefix">−</mo><mi>z</mi>'), ("a - b", "<mi>a</mi><mo>−</mo><mi>b</mi>"),
+    ("(a) - b", ")</mo><mo>−</mo>"), (r"\lVert x\rVert", '<mo stretchy="false" lspace="0" rspace="0">∥</mo><mi>x</mi>'),
+    (r"p(k \mid x)", "<mi>k</mi><mo>∣</mo><mi>x</mi>"),
+    (r"\underbrace{a}_b", '<munder><mrow class="braced"><mi>a</mi></mrow><mi>b</mi></munder>')])
+def test_formulas_have_the_room_that_tex_gives(tex, shown):
+    "Around the name of a function, none after a minus that is a sign or inside bars."
+    assert shown in formulas.mathml(tex)
+
+
 @pytest.mark.parametrize("tex, why", [(r"\nosuch x", "nosuch"), (r"\frac{1", "frac"), ("x ж", "ж")])
 def test_a_formula_that_cannot_be_set_is_an_error(tex, why):
     with pytest.raises(ValueError, match=why): formulas.mathml(tex)
@@ -34,6 +46,16 @@ def test_a_displayed_formula_may_break():
     whole = r"a = \left(b \qquad c\right), \qquad \text{d \qquad e} \qquad \{f\}"
     assert [part.strip() for part in formulas.parts(whole)] == [
         r"a = \left(b \qquad c\right),", r"\text{d \qquad e}", r"\{f\}"]
+
+
+def test_a_plain_word_is_no_link():
+    "Unless it stands on the page of its module, has brackets, or is the name of a method."
+    import build
+    names = build.Names({}, ["margin"])
+    names.full = {"draw": "selectbench.a.b.draw", "margin": "selectbench.c.margin", "k_best": "selectbench.c.k_best"}
+    link = lambda text, here="": names.link(text, here).count("py:obj")
+    assert (link("`draw`"), link("`draw()`"), link("`draw`", "selectbench.a.b")) == (0, 1, 1)
+    assert link("`margin` `k_best`") == 2
 
 
 def test_letters_have_their_styles():
