@@ -72,7 +72,7 @@ class Names:
         self.full |= {place.removeprefix("selectbench."): place for place in self.full.values()}
 
     def link(self, text, here=""):
-        "Markdown, of module `here`'s page, with known names in backticks outside fences and headings turned into links."
+        "Markdown, of module `here`'s page, in which names in backticks, outside fences and headings, are links."
         parts = re.split(r"(^```.*?^```|^#+ .*?$|\$\$.*?\$\$)", text, flags=re.M | re.S)
         return "".join(part if i % 2 else CALL.sub(partial(self.role, here), part) for i, part in enumerate(parts))
 
