@@ -14,6 +14,7 @@ TAG = re.compile(r"""<([a-zA-Z][\w-]*)((?:\s+[^\s=>"'/]+(?:\s*=\s*(?:"[^"]*"|'[^
 ATTRIBUTE = re.compile(r"""([^\s=>"'/]+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
 RAW = re.compile(r"(?<=<p>)\|[^<\n]*\|(?=\n|</p>)|(?<=<p>)#{1,6} [^<\n]*")  # a table or a heading left as it was typed
 HEAD = re.compile(r"(?<=<th>)[^<]*_[^<]*(?=</th>)")
+BESIDE = re.compile(r"(\(?<math>(?:(?!</math>).)*</math>[,.;:!?)’”]+|\(<math>(?:(?!</math>).)*</math>)", re.S)
 PIXELS = re.compile(rb'<svg\b[^>]*?\bwidth="([\d.]+)(pt|px)?"[^>]*?\bheight="([\d.]+)(pt|px)?"', re.S)
 
 
@@ -62,11 +63,16 @@ def wrapping(text):
     return HEAD.sub(lambda match: match[0].replace("_", "_<wbr>"), text)
 
 
+def kept_together(text):
+    "A page's text in which no line ends between a formula and the punctuation that belongs to it."
+    return BESIDE.sub(r'<span class="together">\1</span>', text)
+
+
 def finish(folder):
     "Sizes on images, anchors of links, columns of the page and heads of tables, in every page of a built site."
     for path in Path(folder).rglob("*.html"):
         text = path.read_text(encoding="utf-8")
-        done = wrapping(widened(anchored(sized(text, path.parent), path.parent)))
+        done = kept_together(wrapping(widened(anchored(sized(text, path.parent), path.parent))))
         if done != text: path.write_text(done, encoding="utf-8")
 
 

@@ -63,6 +63,9 @@ def spaced(row):
         left, right = row[i - 1] if i else None, row[i + 1] if i + 1 < len(row) else None
         first = left is None or left.tag == "mo" and left.text not in CLOSING
         if element.tag == "mo" and element.text in ("−", "+", "±") and first: element.set("form", "prefix")
+        if element.tag in SCRIPTS and "minsize" in element[0].attrib:  # a large bracket stretches only in a row
+            row.insert(i, element[0])
+            element[0] = ElementTree.Element("mspace", {"height": f"{float(row[i].get('minsize')[:-2]) / 2 + .25}em"})
         if not (element.text == APPLY or named(element)): continue
         start = i - 1 if element.text == APPLY else i
         if right is not None and not tight(False, right): row.insert(i + 1, ElementTree.Element("mspace", THIN))
@@ -83,6 +86,7 @@ def mathml(tex, block=False):
     for element in list(math.iter()):
         if element.tag in ("math", "mrow", "mstyle", "msqrt", "menclose"): spaced(element)
         if element.tag == "mo" and element.text in ("∥", "∣") and element.attrib: element.attrib |= BARE
+        if element.tag == "mo" and element.text == "ˉ": element.text = "‾"
         if element.tag == "munder" and element[1].text == "⏟":  # browsers draw half of a wide one
             element.tag, element.attrib = "mrow", {"class": "braced"}
             element.remove(element[1])

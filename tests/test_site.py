@@ -30,6 +30,8 @@ def test_formulas_are_mathml(tex, shown):
     (r"\sigma(-z)", '<mo form="prefix">−</mo><mi>z</mi>'), ("a - b", "<mi>a</mi><mo>−</mo><mi>b</mi>"),
     ("(a) - b", ")</mo><mo>−</mo>"), (r"\lVert x\rVert", '<mo stretchy="false" lspace="0" rspace="0">∥</mo><mi>x</mi>'),
     (r"p(k \mid x)", "<mi>k</mi><mo>∣</mo><mi>x</mi>"),
+    (r"\bigl(x\bigr)^2", 'maxsize="1.2em">)</mo><msup><mspace height="0.85em" /><mn>2</mn>'),
+    (r"\bar x", '<mover accent="true"><mi>x</mi><mo>‾</mo></mover>'),
     (r"\underbrace{a}_b", '<munder><mrow class="braced"><mi>a</mi></mrow><mi>b</mi></munder>')])
 def test_formulas_have_the_room_that_tex_gives(tex, shown):
     "Around the name of a function, none after a minus that is a sign or inside bars."
@@ -46,6 +48,13 @@ def test_a_displayed_formula_may_break():
     whole = r"a = \left(b \qquad c\right), \qquad \text{d \qquad e} \qquad \{f\}"
     assert [part.strip() for part in formulas.parts(whole)] == [
         r"a = \left(b \qquad c\right),", r"\text{d \qquad e}", r"\{f\}"]
+
+
+def test_punctuation_stays_with_its_formula():
+    import finish
+    text = "by (<math>a</math>), <math>b</math>; <math>c</math> d"
+    assert finish.kept_together(text) == ('by <span class="together">(<math>a</math>),</span> '
+                                          '<span class="together"><math>b</math>;</span> <math>c</math> d')
 
 
 def test_a_plain_word_is_no_link():
