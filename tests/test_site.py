@@ -31,6 +31,7 @@ def test_formulas_are_mathml(tex, shown):
     ("(a) - b", ")</mo><mo>−</mo>"), (r"\lVert x\rVert", '<mo stretchy="false" lspace="0" rspace="0">∥</mo><mi>x</mi>'),
     (r"p(k \mid x)", "<mi>k</mi><mo>∣</mo><mi>x</mi>"),
     (r"\bigl(x\bigr)^2", 'maxsize="1.2em">)</mo><msup><mspace height="0.85em" /><mn>2</mn>'),
+    (r"p_{\min}^2", "<msubsup><mi>p</mi><mi>min</mi><mn>2</mn></msubsup>"),
     (r"\bar x", '<mover accent="true"><mi>x</mi><mo>‾</mo></mover>'),
     (r"\underbrace{a}_b", '<munder><mrow class="braced"><mi>a</mi></mrow><mi>b</mi></munder>')])
 def test_formulas_have_the_room_that_tex_gives(tex, shown):
