@@ -345,9 +345,10 @@ def norm_ranks(router_scores, expert_norms) -> pd.DataFrame:
 def norm_agreement(router_scores, expert_norms, *,
                    chosen=2,  # how many experts a token has
                    ) -> pd.DataFrame:
-    """That comparison in four numbers beside what chance gives: `same rank`, `first is largest` (highest score has the
-    largest norm), `chosen are largest` (share of the `chosen` best scores among the `chosen` largest norms), mean
-    rank correlation of a token (`spearman`).
+    """How far the largest experts' outputs are those that the router scores highest, beside what chance gives.
+
+    `same rank`, `first is largest` (highest score has the largest norm), `chosen are largest` (share of the `chosen`
+    best scores among the `chosen` largest norms), mean rank correlation of a token (`spearman`).
 
     Our summary of the counts of Lo et al. ValueError for fewer than two experts or `chosen` outside [1, e]."""
     n, e = router_scores.shape
@@ -458,9 +459,9 @@ def super_experts(expert_peaks, *,
                   fraction=0.1,     # of the largest
                   layers=0.75,      # the share of layers looked at, from below; or their numbers
                   ) -> pd.DataFrame:
-    """The super experts, largest first: `layer`, `expert`, `peak`, its ratio `over_max` to the largest peak and
-    `over_median` to the median.
+    """The experts with outputs far beyond all others, the super experts, largest first.
 
+    `layer`, `expert`, `peak`, its ratio `over_max` to the largest peak and `over_median` to the median.
     Layers are rows of `expert_peaks`. Su et al. 2025, eq. 6, with the layers of their program. ValueError for peaks
     below zero, layers that are none, thresholds out of range."""
     if expert_peaks.min() < 0: raise ValueError("`expert_peaks` must not be negative")
