@@ -32,11 +32,11 @@ notebooks: $(TEST)  ## run every notebook, reports at small size
 unit: $(TEST)  ## pytest
 	@$(TESTS) $(BIN)/python -m pytest
 
-test-browser: $(TEST)  ## the widgets in a real browser; installs chromium on Debian
+test-browser: $(TEST)  ## the widgets and the site in a real browser; installs chromium on Debian
 	@command -v chromium || command -v chromium-browser || command -v google-chrome \
 	  || { root=$$(test "$$(id -u)" = 0 || echo sudo); \
 	       $$root apt-get update && $$root apt-get install --yes --no-install-recommends chromium; }
-	@$(TESTS) SELECTBENCH_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py
+	@$(TESTS) SELECTBENCH_BROWSER=1 $(BIN)/python -m pytest tests/test_browser.py tests/test_site.py
 
 validate: $(TEST)  ## check one method and run its notebook: make validate NAME=k_center
 	@$(BIN)/selectbench validate $(NAME)
