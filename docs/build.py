@@ -124,6 +124,8 @@ def write_site():
     modules = {name: api.Module(name, path) for name, path in api.modules().items()}
     books, rows = notebooks(), catalogue()
     names = Names(modules, [row["name"] for row in rows])
+    entries = {row["name"]: f"{module_of(row)}.{entry_of(row, modules)}" for row in rows if "_" in row["name"]}
+    names.full |= {name: place for name, place in entries.items() if place in names.full}
     made = {write(SOURCE / place, json.dumps(page_of(place, nb, names, rows), sort_keys=True, indent=1))
             for place, nb in books.items()}
     made |= {write(SOURCE / f"{room}.md", room_page(room, what, books)) for room, what in ROOMS.items()
