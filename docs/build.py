@@ -46,6 +46,7 @@ ROOMS = {
     "order": "Choosing an order.",
     "report": "Plots, the tour and the command line.",
 }
+GENERAL = ("reports", "report", "index", "start", "core")  # rooms whose pages speak of methods of every family
 CALL = re.compile(r"(?<![`\[\w{}])`([A-Za-z_][\w.]*)(\(\))?`(?![`\]])")
 
 
@@ -60,7 +61,7 @@ def public(module):
 class Names:
     """Public names of the package: how a name in backticks finds its entry in the reference.
 
-    A plain word, such as `draw`, is one only on the page of its module, with brackets, or if a method has that name."""
+    A plain word, such as `draw`, is one only on the page of its module, with brackets, or for a method of that room."""
 
     def __init__(self, modules, methods=()):
         self.modules, self.methods, self.full, seen = modules, set(methods), {}, {}
@@ -79,9 +80,11 @@ class Names:
     def role(self, here, match):
         "A reference role for a public name, or the text as it was."
         if match[1] in self.modules: return f"{{py:mod}}`{match[1]}`"
-        place = self.full.get(match[1])
-        word = match[1].isalpha() and match[1].islower() and not match[2] and match[1] not in self.methods
-        if word and place != f"{here}.{match[1]}": return match[0]
+        place = self.full.get(f"{here}.{match[1]}") or self.full.get(match[1])
+        word = match[1].isalpha() and match[1].islower() and not match[2]
+        room = here.split(".")[1:2] or [""]
+        meant = match[1] in self.methods and (room[0] in GENERAL or room == str(place).split(".")[1:2])
+        if word and not meant and place != f"{here}.{match[1]}": return match[0]
         return f"{{py:obj}}`{match[1]}{match[2] or ''} <{place}>`" if place else match[0]
 
 

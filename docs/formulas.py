@@ -22,8 +22,8 @@ STYLE = re.compile("(?:MATHEMATICAL )?(ITALIC|BOLD|SCRIPT|DOUBLE-STRUCK) (?!ITAL
 SIGNS = ("ℏℓ℘ȷı±×÷·′″…⋯⋮⋱‖∣∥∂∇∏∑∫√∞∈∉∋∅∀∃¬∧∨∩∪⊂⊃⊆⊇∼≈≃≅≡≠∝∗∘⋆⋅⊕⊖⊗⊙⊤⊥−∖≤≥≪≫≺≻"
          "≔←→↔↑↓↦⇐⇒⇔⟨⟩⌊⌋⌈⌉⏞⏟ˆˇ˜¯ˉ˙¨´‾")
 SCRIPTS = ("msub", "msup", "msubsup", "munder", "mover", "munderover")
-APPLY, THIN, CLOSING = "\u2061", {"width": "0.1667em"}, (")", "]", "}", "⟩")  # APPLY follows the name of a function
-BARE = {"lspace": "0", "rspace": "0"}
+APPLY, THIN, CLOSING = "\u2061", {"width": "0.1667em"}, tuple(")]}⟩⌉⌋∥∣!")  # APPLY follows the name of a function
+BARE = {"lspace": "0.06em", "rspace": "0.06em"}
 SPACES = "\u00a0\u2003\u2004\u2005\u2006\u2009\u200a\u200b\u2061\u2062\u2063\u2064\n"  # with what is not drawn
 
 
@@ -61,7 +61,8 @@ def spaced(row):
     "Give the children of a row the room that TeX gives them, where browsers leave it to the page."
     for i, element in reversed(list(enumerate(row))):
         left, right = row[i - 1] if i else None, row[i + 1] if i + 1 < len(row) else None
-        first = left is None or left.tag == "mo" and left.text not in CLOSING
+        base = left[0] if left is not None and left.tag in SCRIPTS else left
+        first = base is None or base.tag == "mo" and base.text not in CLOSING
         if element.tag == "mo" and element.text in ("−", "+", "±") and first: element.set("form", "prefix")
         if element.tag in SCRIPTS and "minsize" in element[0].attrib:  # a large bracket stretches only in a row
             row.insert(i, element[0])
@@ -88,7 +89,10 @@ def mathml(tex, block=False):
             element[:] = [child for child in element if child.text != APPLY]
         if element.tag in ("math", "mrow", "mstyle", "msqrt", "menclose"): spaced(element)
         if element.tag == "mo" and element.text in ("∥", "∣") and element.attrib: element.attrib |= BARE
-        if element.tag == "mo" and element.text == "ˉ": element.text = "‾"
+        if element.text == "∥" and "minsize" in element.attrib: element.text = "‖"  # else drawn over what it encloses
+        if element.tag == "mover" and element[1].text == "ˉ":  # else the bar touches the letter
+            element.attrib, element[1].text = {}, "‾"
+        if element.text == "∖": element.text, element.attrib = "\\", {"lspace": "0.2em", "rspace": "0.2em"}  # is tiny
         if element.tag == "munder" and element[1].text == "⏟":  # browsers draw half of a wide one
             element.tag, element.attrib = "mrow", {"class": "braced"}
             element.remove(element[1])

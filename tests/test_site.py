@@ -28,11 +28,12 @@ def test_formulas_are_mathml(tex, shown):
     (r"t\ln 2", '<mi>t</mi><mspace width="0.1667em" /><mi>ln</mi><mo>\u2061</mo><mspace width="0.1667em" /><mn>2</mn>'),
     (r"\log(x)", '<mi>log</mi><mo>\u2061</mo><mo stretchy="false">('),
     (r"\sigma(-z)", '<mo form="prefix">−</mo><mi>z</mi>'), ("a - b", "<mi>a</mi><mo>−</mo><mi>b</mi>"),
-    ("(a) - b", ")</mo><mo>−</mo>"), (r"\lVert x\rVert", '<mo stretchy="false" lspace="0" rspace="0">∥</mo><mi>x</mi>'),
+    ("(a) - b", ")</mo><mo>−</mo>"), (r"\lVert x\rVert", 'lspace="0.06em" rspace="0.06em">∥</mo><mi>x</mi>'),
     (r"p(k \mid x)", "<mi>k</mi><mo>∣</mo><mi>x</mi>"),
     (r"\bigl(x\bigr)^2", 'maxsize="1.2em">)</mo><msup><mspace height="0.85em" /><mn>2</mn>'),
     (r"p_{\min}^2", "<msubsup><mi>p</mi><mi>min</mi><mn>2</mn></msubsup>"),
-    (r"\bar x", '<mover accent="true"><mi>x</mi><mo>‾</mo></mover>'),
+    (r"\bar x", "<mover><mi>x</mi><mo>‾</mo></mover>"), (r"\sum_t -p", '<mo form="prefix">−</mo><mi>p</mi>'),
+    (r"\lVert x\rVert - 1", "∥</mo><mo>−</mo><mn>1</mn>"),
     (r"\underbrace{a}_b", '<munder><mrow class="braced"><mi>a</mi></mrow><mi>b</mi></munder>')])
 def test_formulas_have_the_room_that_tex_gives(tex, shown):
     "Around the name of a function, none after a minus that is a sign or inside bars."
@@ -59,13 +60,15 @@ def test_punctuation_stays_with_its_formula():
 
 
 def test_a_plain_word_is_no_link():
-    "Unless it stands on the page of its module, has brackets, or is the name of a method."
+    "Unless it stands on the page of its module, has brackets, or names a method of the same room or in a report."
     import build
     names = build.Names({}, ["margin"])
     names.full = {"draw": "selectbench.a.b.draw", "margin": "selectbench.c.margin", "k_best": "selectbench.c.k_best"}
     link = lambda text, here="": names.link(text, here).count("py:obj")
     assert (link("`draw`"), link("`draw()`"), link("`draw`", "selectbench.a.b")) == (0, 1, 1)
-    assert link("`margin` `k_best`") == 2
+    assert link("`margin` `k_best`") == 1 and link("`margin` `k_best`", "selectbench.c.d") == 2
+    names.full |= {"selectbench.a.b.k_best": "selectbench.a.b.k_best"}
+    assert "<selectbench.a.b.k_best>" in names.link("`k_best`", "selectbench.a.b")
 
 
 def test_letters_have_their_styles():
