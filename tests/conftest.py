@@ -9,6 +9,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before BLAS is loaded: on problems this small its threads only wait
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("house", derandomize=True)  # the same examples in every run, so that green stays green
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "house"))
 
 SAYS = "SELECTBENCH_DATA is set, so this must run: "
 

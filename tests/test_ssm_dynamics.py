@@ -46,7 +46,7 @@ def test_criterion_and_its_opposite(tokens, mu, step, decay):
 @settings(max_examples=10, deadline=None)
 @given(st.lists(SIGNED, min_size=2, max_size=4), SIZE, SIGNED, SIZE)
 def test_rate_of_convergence(tokens, mu, step, decay):
-    log_time, path = follow(np.reshape(tokens, (-1, 1)), [[-mu]], [[step]], [decay], until=60)
+    log_time, path = follow(np.reshape(tokens, (-1, 1)), [[-mu]], [[step]], [decay], until=120)
     found = np.exp(log_time[-1]) * path[-1, :, 0] ** 2
     np.testing.assert_allclose(found, convergent_limit(len(tokens), -mu, decay), rtol=1e-2)
 
