@@ -61,16 +61,18 @@ def public(module):
 class Names:
     """Public names of the package: how a name in backticks finds its entry in the reference.
 
-    A plain word, such as `draw`, is one only on the page of its module, with brackets, or for a method of that room."""
+    A plain word, such as `draw`, is one only on the page of its module, with brackets, or for a method of that room.
+    `methods`: name -> place of its entry, which a name with an underscore means before all others."""
 
-    def __init__(self, modules, methods=()):
-        self.modules, self.methods, self.full, seen = modules, set(methods), {}, {}
+    def __init__(self, modules, methods):
+        self.modules, self.methods, self.full, seen = modules, methods, {}, {}
         for module in modules.values():
             for name in public(module): seen.setdefault(name, []).append(f"{module.name}.{name}")
         for name, places in seen.items():
             if len(places) == 1: self.full[name] = places[0]
             self.full |= {place: place for place in places}
         self.full |= {place.removeprefix("selectbench."): place for place in self.full.values()}
+        self.full |= {name: place for name, place in methods.items() if "_" in name and place in self.full}
 
     def link(self, text, here=""):
         "Markdown, of module `here`'s page, in which names in backticks, outside fences and headings, are links."
@@ -126,9 +128,7 @@ def write_site():
     "Everything Sphinx reads, in build/site; what is no longer made is removed."
     modules = {name: api.Module(name, path) for name, path in api.modules().items()}
     books, rows = notebooks(), catalogue()
-    names = Names(modules, [row["name"] for row in rows])
-    entries = {row["name"]: f"{module_of(row)}.{entry_of(row, modules)}" for row in rows if "_" in row["name"]}
-    names.full |= {name: place for name, place in entries.items() if place in names.full}
+    names = Names(modules, {row["name"]: f"{module_of(row)}.{entry_of(row, modules)}" for row in rows})
     made = {write(SOURCE / place, json.dumps(page_of(place, nb, names, rows), sort_keys=True, indent=1))
             for place, nb in books.items()}
     made |= {write(SOURCE / f"{room}.md", room_page(room, what, books)) for room, what in ROOMS.items()

@@ -73,6 +73,21 @@ def spaced(row):
         if start > 0 and not tight(True, row[start - 1]): row.insert(start, ElementTree.Element("mspace", THIN))
 
 
+def mend(element):
+    "What of KaTeX's MathML browsers do not draw as TeX would."
+    if element.tag in SCRIPTS and len(element) > 2 + (element.tag in ("msubsup", "munderover")):  # KaTeX's slip
+        element[:] = [child for child in element if child.text != APPLY]
+    if element.tag in ("math", "mrow", "mstyle", "msqrt", "menclose"): spaced(element)
+    if element.tag == "mo" and element.text in ("∥", "∣") and element.attrib: element.attrib |= BARE
+    if element.text == "∥" and "minsize" in element.attrib: element.text = "‖"  # else drawn over what it encloses
+    if element.text == "∖": element.text, element.attrib = "\\", {"lspace": "0.2em", "rspace": "0.2em"}  # is tiny
+    if element.tag == "mover" and element[1].text == "ˉ":  # else the bar touches the letter
+        element.attrib, element[1].text = {}, "‾"
+    if element.tag == "munder" and element[1].text == "⏟":  # browsers draw half of a wide one
+        element.tag, element.attrib = "mrow", {"class": "braced"}
+        element.remove(element[1])
+
+
 @functools.cache
 def mathml(tex, block=False):
     "The `<math>` of a formula; ValueError for TeX that KaTeX does not take, or that the font has no sign for."
@@ -84,18 +99,7 @@ def mathml(tex, block=False):
     shown = "".join("".join(e.itertext()) for e in math[0] if e.tag != "annotation")
     lost = set(shown) - characters() - set(SPACES)
     if lost: raise ValueError(f"formula {tex!r}: {sorted(lost)} are not in docs/formulas.py")
-    for element in list(math.iter()):
-        if element.tag in SCRIPTS and len(element) > 2 + (element.tag in ("msubsup", "munderover")):  # KaTeX's slip
-            element[:] = [child for child in element if child.text != APPLY]
-        if element.tag in ("math", "mrow", "mstyle", "msqrt", "menclose"): spaced(element)
-        if element.tag == "mo" and element.text in ("∥", "∣") and element.attrib: element.attrib |= BARE
-        if element.text == "∥" and "minsize" in element.attrib: element.text = "‖"  # else drawn over what it encloses
-        if element.tag == "mover" and element[1].text == "ˉ":  # else the bar touches the letter
-            element.attrib, element[1].text = {}, "‾"
-        if element.text == "∖": element.text, element.attrib = "\\", {"lspace": "0.2em", "rspace": "0.2em"}  # is tiny
-        if element.tag == "munder" and element[1].text == "⏟":  # browsers draw half of a wide one
-            element.tag, element.attrib = "mrow", {"class": "braced"}
-            element.remove(element[1])
+    for element in list(math.iter()): mend(element)
     return ElementTree.tostring(math, encoding="unicode")
 
 
@@ -111,7 +115,6 @@ def stylesheet():
 
     The font is in the CSS, so that it is there when the text is first laid out."""
     path = Path(__file__).resolve().parents[1] / "build" / "formulas.css"
-    if path.exists() and path.stat().st_mtime > Path(__file__).stat().st_mtime: return path
     options = subset.Options(flavor="woff", layout_features=[], hinting=False, drop_tables=["DSIG", "GPOS"])
     source = Path(importlib.util.find_spec("ziamath").origin).with_name("fonts") / "STIXTwoMath-Regular.ttf"
     font, subsetter, out = subset.load_font(str(source), options), subset.Subsetter(options), io.BytesIO()

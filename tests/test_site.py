@@ -62,7 +62,7 @@ def test_punctuation_stays_with_its_formula():
 def test_a_plain_word_is_no_link():
     "Unless it stands on the page of its module, has brackets, or names a method of the same room or in a report."
     import build
-    names = build.Names({}, ["margin"])
+    names = build.Names({}, {"margin": "selectbench.c.margin"})
     names.full = {"draw": "selectbench.a.b.draw", "margin": "selectbench.c.margin", "k_best": "selectbench.c.k_best"}
     link = lambda text, here="": names.link(text, here).count("py:obj")
     assert (link("`draw`"), link("`draw()`"), link("`draw`", "selectbench.a.b")) == (0, 1, 1)
